@@ -1,0 +1,148 @@
+"""What a model is to a planner: units that slide through the GPU, and what each costs.
+
+A `ModelSpec` is a list of units: the embedding, every decoder layer, and final norm + head. Layers may
+differ (sliding and full attention, dense and mixture-of-experts), so every figure belongs to a unit and none
+to "a layer". This module holds the vocabulary and the arithmetic; `slidetune.families` fills it in from a
+Hugging Face config.
+
+Not here: time. What a FLOP or a byte costs is the `HardwareProfile`'s business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+BF16_BYTES = 2
+FP32_BYTES = 4
+
+# Master and two moments in fp32. The master is stored as its bf16 half and a 16-bit remainder.
+STATE_BYTES_PER_PARAM = 12
+# What of those 12 is not the bf16 weights themselves: remainder and moments.
+OPTIMIZER_BYTES_PER_PARAM = STATE_BYTES_PER_PARAM - BF16_BYTES
+
+# The chunked loss keeps about this many bytes of fp32 logits alive at a time, however long the sequence.
+LOSS_CHUNK_BYTES = 256 * 2**20
+
+UnitKind = Literal["embedding", "layer", "head"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelCosts:
+    """What one token costs inside a unit under one implementation of norms, rotary embedding and activation.
+
+    All figures are per token of one forward pass; bytes, except `launches` (per forward, any batch).
+    """
+
+    saved_bytes: int
+    """Tensors autograd keeps from forward to backward; the unit's input is not among them."""
+    forward_bytes: int
+    """Largest live set of a forward pass without autograd, input and output excluded."""
+    backward_bytes: int
+    """Gradients of inner tensors live at the backward pass's worst moment, on top of what was saved."""
+    traffic_bytes: int
+    """Device-memory traffic of the memory-bound kernels (norms, rotary, activation, residual)."""
+    launches: int
+    """Kernels launched by one forward pass: the floor of a small batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One unit of the sliding window. Sizes are counts of elements unless named otherwise."""
+
+    index: int
+    """Position in the model: 0 is the embedding, 1..n the layers, n+1 the head."""
+    kind: UnitKind
+    params: int
+    """Parameters the unit owns and trains. A tied head owns only its norm: the embedding owns the matrix."""
+    weight_elements: int
+    """Elements that must be on the GPU to compute: all of a layer, a head's matrix even when tied, and none
+    of the embedding, whose rows are gathered on the host."""
+    largest_tensor: int
+    """Elements of the unit's largest single weight: the transient gradient autograd makes before it is
+    added to the accumulator."""
+    matmul_elements: int
+    """Weight elements one token is multiplied with (of a mixture, the active experts only)."""
+    attention_width: int = 0
+    """Query heads times head size; 0 where there is no attention."""
+    attention_span: int | None = None
+    """Tokens a query may look back on, itself included (sliding window); None for all before it."""
+    eager: KernelCosts
+    """With transformers' own modules."""
+    liger: KernelCosts
+    """With Liger's fused norm, rotary and gated-activation kernels."""
+
+    def kernels(self, name: str) -> KernelCosts:
+        """The costs under `name`, "eager" or "liger"."""
+        return self.liger if name == "liger" else self.eager
+
+    def mean_context(self, seq_len: int) -> float:
+        """Mean number of keys a query attends to in a causal sequence of `seq_len` tokens."""
+        span = min(self.attention_span or seq_len, seq_len)
+        # The first `span` queries see 1..span keys, the others exactly `span`.
+        return (span * (span + 1) / 2 + (seq_len - span) * span) / seq_len
+
+    def attention_flops(self, sequences: int, seq_len: int) -> float:
+        """FLOPs of the two attention products of a forward pass (2 per multiply-add)."""
+        return 4.0 * self.attention_width * self.mean_context(seq_len) * sequences * seq_len
+
+    def matmul_flops(self, sequences: int, seq_len: int) -> float:
+        """FLOPs of a forward pass in weight products (2 per multiply-add)."""
+        return 2.0 * self.matmul_elements * sequences * seq_len
+
+    def forward_flops(self, sequences: int, seq_len: int) -> float:
+        """FLOPs of a forward pass of `sequences` sequences of `seq_len` tokens."""
+        return self.matmul_flops(sequences, seq_len) + self.attention_flops(sequences, seq_len)
+
+    def backward_flops(self, sequences: int, seq_len: int) -> float:
+        """FLOPs of a backward pass: twice the weight products; attention 2.5 times, since FlashAttention's
+        backward recomputes the scores (five products for the forward's two; arXiv 2307.08691)."""
+        return 2.0 * self.matmul_flops(sequences, seq_len) + 2.5 * self.attention_flops(sequences, seq_len)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A decoder-only model as units. `units[0]` is the embedding, `units[-1]` final norm + head."""
+
+    name: str
+    family: str
+    """The config's `model_type`."""
+    hidden_size: int
+    vocab_size: int
+    tied: bool
+    """The head reads the embedding's matrix."""
+    max_seq_len: int
+    units: tuple[Unit, ...]
+
+    @property
+    def layers(self) -> tuple[Unit, ...]:
+        return self.units[1:-1]
+
+    @property
+    def embedding(self) -> Unit:
+        return self.units[0]
+
+    @property
+    def head(self) -> Unit:
+        return self.units[-1]
+
+    @property
+    def params(self) -> int:
+        return sum(unit.params for unit in self.units)
+
+    @property
+    def active_params(self) -> int:
+        """Parameters a token is multiplied with, the embedding's row lookup excluded."""
+        return sum(unit.matmul_elements for unit in self.units)
+
+    def hidden_bytes(self, sequences: int, seq_len: int) -> int:
+        """Bytes of one unit boundary's activations in bf16: [sequences, seq_len, hidden_size]."""
+        return BF16_BYTES * self.hidden_size * sequences * seq_len
+
+    def loss_chunk_tokens(self, tokens: int) -> int:
+        """Tokens whose logits exist at a time in the head's chunked loss."""
+        return max(1, min(tokens, LOSS_CHUNK_BYTES // (FP32_BYTES * self.vocab_size)))
+
+    def loss_working_bytes(self, tokens: int) -> int:
+        """Bytes alive in the chunked loss: logits in bf16 and fp32 and their gradient in bf16."""
+        return self.loss_chunk_tokens(tokens) * self.vocab_size * (2 * BF16_BYTES + FP32_BYTES)
