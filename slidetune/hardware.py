@@ -1,0 +1,199 @@
+"""What a machine can do: rates in GB/s (1e9), FLOP/s and seconds, each figure with its kind and its source.
+
+A `HardwareProfile` is a YAML file. Catalog entries (`slidetune.machines`) come from data sheets and published
+measurements. Achieved rates are never peak rates: wherever a data sheet gives a peak, an efficiency stands
+beside it, with its own source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from slidetune.units import GB, GIB
+
+PROFILE_VERSION = 1
+
+Kind = Literal["measured", "data sheet", "derived", "given", "guess"]
+
+# How far a figure of each kind is taken to be off, one way, as a fraction. Measured: the run-to-run spread of
+# a shared machine (the H200 probe states 5 %). Data sheet: what boards differ by in clocks and power limits.
+# Derived: carried over from a measurement on a neighbouring machine. Given: the user's word.
+RELATIVE_SPREAD: dict[Kind, float] = {
+    "measured": 0.05,
+    "data sheet": 0.05,
+    "derived": 0.12,
+    "given": 0.0,
+    "guess": 0.25,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number of a profile and how it is known."""
+
+    value: float
+    """The number, in the unit its field names."""
+    kind: Kind = "given"
+    """measured, data sheet, derived (from another machine's measurement), given (by the user) or guess."""
+    source: str = ""
+    """Where it comes from: a document, a measurement, or the reasoning."""
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    @property
+    def spread(self) -> float:
+        """One-sided relative uncertainty."""
+        return RELATIVE_SPREAD[self.kind]
+
+    def times(self, factor: float) -> Figure:
+        return dataclasses.replace(self, value=self.value * factor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU."""
+
+    name: str
+    bf16_tflops: Figure
+    """Dense bf16 matrix rate with fp32 accumulation, TFLOP/s, as the data sheet has it (no sparsity)."""
+    matmul_efficiency: Figure
+    """Share of that rate large matrix products reach over a whole training step."""
+    memory_gib: Figure
+    """Memory the driver reports, GiB."""
+    memory_gbs: Figure
+    """Device memory bandwidth, GB/s."""
+    memory_efficiency: Figure
+    """Share of that bandwidth the memory-bound kernels reach."""
+    launch_us: Figure
+    """Host time to launch one kernel of a transformers module, microseconds: the floor of small batches."""
+    context_gib: Figure
+    """Memory taken by the CUDA context, libraries and the allocator's slack, GiB."""
+    kernels: Literal["eager", "liger"] = "eager"
+    """Norm, rotary and activation kernels in use: transformers' own, or Liger's fused ones."""
+
+    @property
+    def matmul_flops(self) -> float:
+        """Achieved FLOP/s of large matrix products."""
+        return self.bf16_tflops.value * 1e12 * self.matmul_efficiency.value
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        return self.memory_gbs.value * GB * self.memory_efficiency.value
+
+    @property
+    def usable_bytes(self) -> int:
+        return int((self.memory_gib.value - self.context_gib.value) * GIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """The path between host memory and the GPU."""
+
+    name: str
+    """Such as "PCIe 4.0 x16"."""
+    h2d_gbs: Figure
+    """Upload rate of a large page-locked transfer alone, GB/s."""
+    d2h_gbs: Figure
+    """Download rate of a large page-locked transfer alone, GB/s."""
+    duplex_gbs: Figure
+    """Both directions together when both are busy, GB/s."""
+    latency_us: Figure
+    """Fixed cost of a transfer, microseconds: what makes small copies slow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """CPU and RAM."""
+
+    name: str
+    cores: Figure
+    """Physical cores."""
+    ram_gib: Figure
+    """RAM, GiB."""
+    dram_gbs: Figure
+    """Peak DRAM bandwidth of all channels, GB/s."""
+    dram_efficiency: Figure
+    """Share of it a streaming Adam kernel reaches with all cores."""
+    adam_gparams_per_core: Figure
+    """Parameters one core updates a second while DRAM is not the limit, in 1e9."""
+    upload_dram_weight: Figure
+    """DRAM capacity an uploaded byte takes, in bytes of Adam traffic."""
+    download_dram_weight: Figure
+    """DRAM capacity a downloaded byte takes, in bytes of Adam traffic."""
+    process_gib: Figure
+    """RAM of the process itself and of the operating system: all that is no arena, GiB."""
+    convert_gparams_per_core: Figure = Figure(
+        1.1, "derived", "H200 probe: 13.3 G parameters/s on 16 threads is 0.83 a core, DRAM-bound"
+    )
+    """fp32 to bf16 conversion, 1e9 parameters/s a core. Only the SlideFormer policy converts."""
+
+    @property
+    def dram_bytes_per_s(self) -> float:
+        """Achieved DRAM capacity in bytes/s of Adam traffic."""
+        return self.dram_gbs.value * GB * self.dram_efficiency.value
+
+    @property
+    def usable_bytes(self) -> int:
+        return int((self.ram_gib.value - self.process_gib.value) * GIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nvme:
+    """One NVMe drive, or several striped."""
+
+    size_gb: Figure
+    """Space that may be used, GB (1e9)."""
+    read_gbs: Figure
+    """Sustained direct reads of large requests, GB/s."""
+    write_gbs: Figure
+    """Sustained direct writes of large requests, GB/s."""
+
+    @property
+    def usable_bytes(self) -> int:
+        return int(self.size_gb.value * GB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareProfile:
+    """A machine: one GPU, its link, the host, and an NVMe drive if there is one."""
+
+    name: str
+    gpu: Gpu
+    link: Link
+    host: Host
+    nvme: Nvme | None = None
+    version: Literal[1] = PROFILE_VERSION
+
+    def figures(self) -> Iterator[tuple[str, Figure]]:
+        """Every figure with its path, such as ("link.h2d_gbs", Figure(...))."""
+        for part_name in ("gpu", "link", "host", "nvme"):
+            part = getattr(self, part_name)
+            if part is None:
+                continue
+            for field in dataclasses.fields(part):
+                value = getattr(part, field.name)
+                if isinstance(value, Figure):
+                    yield f"{part_name}.{field.name}", value
+
+    def figure(self, path: str) -> Figure:
+        part, name = path.split(".")
+        return getattr(getattr(self, part), name)
+
+    def replaced(self, path: str, figure: Figure) -> HardwareProfile:
+        """The same machine with one figure exchanged."""
+        part_name, name = path.split(".")
+        part = dataclasses.replace(getattr(self, part_name), **{name: figure})
+        return dataclasses.replace(self, **{part_name: part})
+
+    def scaled(self, path: str, factor: float) -> HardwareProfile:
+        """The same machine with one figure multiplied."""
+        return self.replaced(path, self.figure(path).times(factor))
+
+    def capacity_bytes(self, tier: str) -> int:
+        """Bytes that plans may use of "gpu", "ram" or "nvme"; 0 for a drive that isn't there."""
+        part = {"gpu": self.gpu, "ram": self.host, "nvme": self.nvme}[tier]
+        return 0 if part is None else part.usable_bytes
