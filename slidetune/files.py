@@ -18,13 +18,14 @@ from slidetune.errors import BadFile
 T = TypeVar("T")
 
 _SHOWN_ERRORS = 5
+_ORDER = {"unexpected_keyword_argument": 0, "missing": 2}
 
 
 def read(path: str | Path, type: type[T]) -> T:
     """The dataclass `type` that a YAML file holds.
 
-    Raises `BadFile`, which names the file, the field, what was found there and what is allowed, for a file that
-    is missing, empty, no YAML, of another version, or has missing, unknown or wrong fields.
+    Raises `BadFile`, which names the file, the field, what was found there and what is allowed, for a file
+    that is missing, empty, no YAML, of another version, or has missing, unknown or wrong fields.
     """
     from pydantic import ValidationError
 
@@ -32,7 +33,8 @@ def read(path: str | Path, type: type[T]) -> T:
     try:
         return _adapter(type).validate_python([data])[0]
     except ValidationError as error:
-        found = error.errors(include_url=False)
+        # A misspelt field is also a missing one: the spelling comes first.
+        found = sorted(error.errors(include_url=False), key=lambda e: _ORDER.get(e["type"], 1))
         lines = [_explain(type, problem) for problem in found[:_SHOWN_ERRORS]]
         if len(found) > _SHOWN_ERRORS:
             lines.append(f"and {len(found) - _SHOWN_ERRORS} more")
@@ -95,7 +97,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
         raise BadFile(f"{path}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise BadFile(f"{path}: not a text file in UTF-8.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that isn't one
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise BadFile(f"{path}: {where}not YAML: {getattr(error, 'problem', None) or error}.") from None

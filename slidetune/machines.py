@@ -1,8 +1,8 @@
 """Machines by name: the catalog of GPUs, links and hosts, and profiles shipped or measured.
 
-`machine("rtx4090")` puts a `HardwareProfile` together from catalog entries and whatever the user says about
-their own machine; `load_profile` reads a whole one. Every figure keeps its kind and source, so that a prediction
-can say what it rests on.
+`machine("rtx4090")` puts a `HardwareProfile` together from catalog entries and what users say about their own
+machine; `load_profile` reads a whole one. Every figure keeps its kind and source, so that a prediction can
+say what it rests on.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def gpu_names() -> list[str]:
 
 
 def load_gpu(name: str) -> Gpu:
-    """A GPU of the catalog. Case, spaces, dashes and makers' names don't matter, and what is unambiguous may be
-    left out: "RTX 4090", "4090", "NVIDIA A100 80GB".
+    """A GPU of the catalog. Case, spaces, dashes and makers' names don't matter, and what is unambiguous may
+    be left out: "RTX 4090", "4090", "NVIDIA A100 80GB".
 
     Raises `UnknownName`, suggesting near names, also where a name fits several cards.
     """
@@ -98,13 +98,13 @@ def _short_forms(key: str) -> set[str]:
 
 
 def parse_link(text: str, gpu_name: str = "") -> Link:
-    """A link as people write it: "pcie4x16", "gen5x8", "PCIe 4.0 x16", "3.0x16", "nvlink-c2c", or the rates in
-    GB/s that were measured, "25.5" or "25.5/26.4" (up/down).
+    """A link as people write it: "pcie4x16", "gen5x8", "PCIe 4.0 x16", "3.0x16", "nvlink-c2c", or the rates
+    in GB/s that were measured, "25.5" or "25.5/26.4" (up/down).
 
     A rate read on the very GPU named by `gpu_name` stays "measured"; otherwise it is "derived". Raises
     `SlidetuneError`.
     """
-    folded = re.sub(r"[\s_-]", "", text.casefold())
+    folded = re.sub(r"[\s_]|(?<=\w)-", "", text.casefold())  # a leading minus stays, to be refused
     if match := re.fullmatch(rf"({_NUMBER})(?:/({_NUMBER}))?(?:gb/?s)?", folded):
         up, down = float(match[1]), float(match[2] or match[1])
         if min(up, down) > 0:
@@ -237,8 +237,8 @@ def machine(
 ) -> HardwareProfile:
     """A machine from catalog entries and what is known better.
 
-    `ram_gib` GiB of RAM; `cores` physical cores; `dram_gbs` peak DRAM bandwidth of all channels, GB/s; `link` as
-    for `parse_link` (default: the GPU's own); `nvme` as for `parse_nvme` (default: the preset's);
+    `ram_gib` GiB of RAM; `cores` physical cores; `dram_gbs` peak DRAM bandwidth of all channels, GB/s; `link`
+    as for `parse_link` (default: the GPU's own); `nvme` as for `parse_nvme` (default: the preset's);
     `gpu_memory_gib` caps what may be used of the GPU, context included. Raises `UnknownName` for names and
     `SlidetuneError`, naming the flag, for figures no machine has.
     """
@@ -296,8 +296,8 @@ def profile_names() -> list[str]:
 def load_profile(ref: str | Path) -> HardwareProfile:
     """A whole machine: a shipped profile's name, or the path of a YAML file.
 
-    Raises `UnknownName` for a name that is neither, `BadFile` for a file that isn't a profile or whose figures
-    no machine has.
+    Raises `UnknownName` for a name that is neither, `BadFile` for a file that isn't a profile or whose
+    figures no machine has.
     """
     from slidetune import files
 
