@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from slidetune.errors import BadFile, SlidetuneError
 from slidetune.kernel_costs import embedding_costs, head_costs, layer_costs
@@ -34,7 +34,7 @@ class Fields:
         if value is None and default is None:
             return None
         if type(value) is not int or value < least:
-            self._refuse(field, value, f"an integer >= {least}{' or null' if default is None else ''}")
+            self.refuse(field, value, f"an integer >= {least}{' or null' if default is None else ''}")
         return value
 
     def optional(self, field: str, absent: int | None = None, *, least: int = 1) -> int | None:
@@ -44,19 +44,19 @@ class Fields:
     def flag(self, field: str, default: bool) -> bool:
         value = self._get(field, default)
         value = default if value is None else value
-        return value if isinstance(value, bool) else self._refuse(field, value, "true or false")
+        return value if isinstance(value, bool) else self.refuse(field, value, "true or false")
 
     def text(self, field: str, default: str) -> str:
         value = self._get(field, default)
         value = default if value is None else value
-        return value if isinstance(value, str) else self._refuse(field, value, "a string")
+        return value if isinstance(value, str) else self.refuse(field, value, "a string")
 
     def sequence(self, field: str, kind: type, allowed: str) -> list[Any] | None:
         """A list of `kind`, or None where absent or null."""
         value = self._get(field, None)
         if value is None or (isinstance(value, list) and all(type(item) is kind for item in value)):
             return value
-        return self._refuse(field, value, allowed)
+        return self.refuse(field, value, allowed)
 
     def _get(self, field: str, default: Any) -> Any:
         value = self.config.get(field, default)
@@ -64,7 +64,7 @@ class Fields:
             raise BadFile(f"{self.name}: field {field!r} is missing.", "It must be an integer >= 1.")
         return value
 
-    def _refuse(self, field: str, value: Any, allowed: str) -> Any:
+    def refuse(self, field: str, value: Any, allowed: str) -> NoReturn:
         raise BadFile(f"{self.name}: field {field!r} is {value!r}.", f"Allowed: {allowed}.")
 
 
@@ -87,9 +87,9 @@ def _core(f: Fields, **defaults: int) -> dict[str, int]:
     kv_heads = f.optional("num_key_value_heads", defaults.get("kv_heads")) or heads
     head_dim = f.optional("head_dim", defaults.get("head_dim"))
     if heads % kv_heads:
-        f._refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads ({heads})")
+        f.refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads ({heads})")
     if head_dim is None and hidden % heads:
-        f._refuse("num_attention_heads", heads, f"a divisor of hidden_size ({hidden}), or head_dim given")
+        f.refuse("num_attention_heads", heads, f"a divisor of hidden_size ({hidden}), or head_dim given")
     return {
         "hidden": hidden,
         "heads": heads,
@@ -122,11 +122,11 @@ def _skeleton(
 def _windowed(
     f: Fields, shape: LayerShape, window: int | None, sliding: Callable[[int], bool]
 ) -> list[LayerShape]:
-    """One shape a layer: `window` holds in the layers `layer_types` names, or `sliding` where it is absent."""
+    """One shape a layer: `window` holds in the layers `layer_types` names, else in those `sliding` names."""
     depth = f.integer("num_hidden_layers")
     types = f.sequence("layer_types", str, "a list of 'full_attention' and 'sliding_attention', one a layer")
     if types is not None and (len(types) != depth or set(types) - {"full_attention", "sliding_attention"}):
-        f._refuse("layer_types", types, f"{depth} of 'full_attention' and 'sliding_attention'")
+        f.refuse("layer_types", types, f"{depth} of 'full_attention' and 'sliding_attention'")
     slides = [sliding(i) if types is None else types[i] == "sliding_attention" for i in range(depth)]
     windowed = replace(shape, span=window)
     return [windowed if slide else shape for slide in slides]
@@ -139,7 +139,6 @@ def _llama(f: Fields) -> Skeleton:
         activation=f.text("hidden_act", "silu"),
         qkv_bias=bias,
         out_bias=bias,
-        # One bias per projection: gate and up (counted together) and down.
         mlp_bias=f.flag("mlp_bias", False),
     )
     return _skeleton(f, shape, positions=2048)
@@ -221,7 +220,7 @@ def _qwen3_moe(f: Fields) -> Skeleton:
 
 def _routed(f: Fields, shape: LayerShape) -> LayerShape:
     if shape.active > shape.experts:
-        f._refuse("num_experts_per_tok", shape.active, f"an integer from 1 to the {shape.experts} experts")
+        f.refuse("num_experts_per_tok", shape.active, f"an integer from 1 to the {shape.experts} experts")
     return shape
 
 
@@ -244,7 +243,7 @@ def _gemma_shape(f: Fields, head_defaults: dict[str, int]) -> LayerShape:
     return LayerShape(
         **_core(f, kv_heads=4, head_dim=256, **head_defaults),
         activation=f.text("hidden_activation", "gelu_pytorch_tanh"),
-        norm="rms_fp32",
+        norm="rms_offset",
         post_norms=2,
         qkv_bias=bias,
         out_bias=bias,
@@ -256,6 +255,7 @@ def _phi3(f: Fields) -> Skeleton:
         **_core(f),
         activation=f.text("hidden_act", "silu"),
         fused_qkv=True,
+        rotary="cat",
         span=f.optional("sliding_window"),
     )
     return _skeleton(f, shape, positions=4096)
@@ -268,6 +268,7 @@ def _phi(f: Fields) -> Skeleton:
         gated=False,
         norm="layer",
         pre_norms=1,
+        rotary="cat",
         qk_norm="head" if f.flag("qk_layernorm", False) else "",
         qkv_bias=True,
         out_bias=True,
@@ -286,6 +287,7 @@ def _olmo2(f: Fields) -> Skeleton:
         pre_norms=0,
         post_norms=2,
         qk_norm="full",
+        rotary="fp32",
         qkv_bias=bias,
         out_bias=bias,
     )
@@ -315,9 +317,9 @@ def _gpt_oss(f: Fields) -> Skeleton:
 def _gpt2(f: Fields) -> Skeleton:
     hidden, heads, positions = f.integer("n_embd"), f.integer("n_head"), f.integer("n_positions", 1024)
     if hidden % heads:
-        f._refuse("n_head", heads, f"a divisor of n_embd ({hidden})")
+        f.refuse("n_head", heads, f"a divisor of n_embd ({hidden})")
     if f.flag("add_cross_attention", False):
-        f._refuse("add_cross_attention", True, "false; a decoder alone has nothing to attend across to")
+        f.refuse("add_cross_attention", True, "false; a decoder alone has nothing to attend across to")
     shape = LayerShape(
         hidden=hidden,
         heads=heads,
@@ -327,7 +329,7 @@ def _gpt2(f: Fields) -> Skeleton:
         activation=f.text("activation_function", "gelu_new"),
         gated=False,
         norm="layer",
-        rotary=False,
+        rotary="",
         fused_qkv=True,
         qkv_bias=True,
         out_bias=True,
@@ -371,8 +373,8 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
         raise BadFile(f"{name}: not a config.", "A Hugging Face config is a JSON object with a 'model_type'.")
     config = _text_config(config, name)
     family = config.get("model_type")
-    if family not in FAMILIES:
-        supported = ", ".join(FAMILIES)
+    if not isinstance(family, str) or family not in FAMILIES:
+        supported = ", ".join([*FAMILIES, "gemma3 (its text tower)"])
         raise SlidetuneError(f"{name}: model_type {family!r} is not supported.", f"Supported: {supported}.")
     return _spec(FAMILIES[family](Fields(config, name)), name, family)
 

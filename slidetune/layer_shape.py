@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-NormKind = Literal["rms", "rms_fp32", "layer"]
+NormKind = Literal["rms", "rms_fp32", "rms_offset", "layer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +32,17 @@ class LayerShape:
     clamped_glu: bool = False
     """gpt-oss: gate and up are clamped and the sigmoid has a gain."""
     norm: NormKind = "rms"
-    """`rms` multiplies the weight in the model's dtype, `rms_fp32` before rounding; `layer` has a bias."""
+    """`rms` multiplies the weight in the model's dtype, `rms_fp32` before rounding, `rms_offset` too, with one
+    added to the weight (Gemma); `layer` has a bias."""
     pre_norms: int = 2
     """Norms in front of a sub-block. One alone feeds attention and MLP side by side (phi)."""
     post_norms: int = 0
     """Norms on a sub-block's output, before the residual is added."""
     qk_norm: Literal["", "head", "full"] = ""
     """Norm of queries and keys: over each head or over all heads together."""
-    rotary: bool = True
+    rotary: Literal["", "full", "cat", "fp32"] = "full"
+    """Rotary embedding: none, in the model's dtype, of a part of each head with the rest concatenated behind
+    it, or in fp32."""
     fused_qkv: bool = False
     """Queries, keys and values are slices of one projection's output."""
     qkv_bias: bool = False

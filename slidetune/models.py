@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ _ABOUT = ("hub", "params")
 
 @lru_cache(maxsize=1)
 def _rows() -> dict[str, str]:
-    """The catalog's rows, unparsed: a row is one line, and one model needs one of forty-odd."""
+    """The catalog's rows, unparsed: each is one line, and parsing all of them takes longer than a plan has."""
     lines = CATALOG.read_text(encoding="utf-8").splitlines()
     return dict(line.split(": ", 1) for line in lines if line and not line.startswith("#"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def catalog_row(name: str) -> dict[str, Any]:
     """A catalog model's row: `hub` (its hub id), `params` (published count), and its config's fields."""
     return yaml.load(_rows()[name], Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -68,7 +68,7 @@ def _catalog_name(ref: str) -> str | None:
     return next((name for name, row in _rows().items() if row.casefold().startswith(wanted)), None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _catalog_model(name: str) -> ModelSpec:
     from slidetune.families import spec_from_config
 
@@ -88,12 +88,8 @@ def _from_path(path: Path) -> ModelSpec:
         raise BadFile(f"{file}: cannot be read ({error}).") from None
     except json.JSONDecodeError as error:
         raise BadFile(f"{file}: not JSON ({error}).") from None
-    try:
-        spec = spec_from_config(config, str(file))
-    except BadFile:
-        raise
-    # A plan names its model by this string, so it must lead back to the file.
-    return spec
+    # A plan names its model by the spec's name, so that must lead back to the file.
+    return spec_from_config(config, str(file))
 
 
 def _looks_like_hub_id(ref: str) -> bool:
