@@ -158,7 +158,7 @@ def _mixtral(f: Fields) -> Skeleton:
         **_core(f, kv_heads=8),
         activation=f.text("hidden_act", "silu"),
         span=f.optional("sliding_window"),
-        experts=f.integer("num_local_experts", 8),
+        experts=_experts(f, 8),
         active=f.integer("num_experts_per_tok", 2),
     )
     return _skeleton(f, _routed(f, shape), positions=131072)
@@ -197,7 +197,7 @@ def _qwen3_moe(f: Fields) -> Skeleton:
         out_bias=bias,
         span=f.optional("sliding_window", 4096) if f.flag("use_sliding_window", False) else None,
     )
-    experts = f.integer("num_experts", 128, least=0)
+    experts = _experts(f, 128, least=0)
     sparse = replace(
         dense,
         inner=f.integer("moe_intermediate_size", 768),
@@ -216,6 +216,12 @@ def _qwen3_moe(f: Fields) -> Skeleton:
         ],
         positions=32768,
     )
+
+
+def _experts(f: Fields, default: int, least: int = 1) -> int:
+    """The number of experts has two names: a config's own and the one transformers 5 writes when it saves."""
+    name = "num_local_experts" if "num_local_experts" in f.config else "num_experts"
+    return f.integer(name, default, least=least)
 
 
 def _routed(f: Fields, shape: LayerShape) -> LayerShape:
@@ -299,7 +305,7 @@ def _gpt_oss(f: Fields) -> Skeleton:
     shape = LayerShape(
         **_core(f, kv_heads=8, head_dim=64),
         norm="rms_fp32",
-        experts=f.integer("num_local_experts", 128),
+        experts=_experts(f, 128),
         active=f.integer("num_experts_per_tok", 4),
         clamped_glu=True,
         sinks=True,

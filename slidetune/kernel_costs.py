@@ -2,8 +2,8 @@
 
 Per token, in bytes, bf16 unless said otherwise. Two implementations: *eager*, transformers' own modules, and
 *fused*, Liger's norm, rotary and gated-activation kernels in their place. The eager formulas follow what
-autograd keeps; tests/slidetune/test_kernel_costs.py counts it in real layers, and they agree to a fraction of a
-percent. Liger's were read from its source (0.8.5).
+autograd keeps; tests/slidetune/test_kernel_costs.py counts it in real layers, and they agree to a fraction of
+a percent. Liger's were read from its source (0.8.5).
 
 Attention is one fused kernel that keeps its operands, its output and one fp32 log-sum-exp a head, never a
 score matrix. Gemma 2's soft-capped and gpt-oss's sink attention need such a kernel too (flex attention, or a

@@ -32,8 +32,8 @@ class LayerShape:
     clamped_glu: bool = False
     """gpt-oss: gate and up are clamped and the sigmoid has a gain."""
     norm: NormKind = "rms"
-    """`rms` multiplies the weight in the model's dtype, `rms_fp32` before rounding, `rms_offset` too, with one
-    added to the weight (Gemma); `layer` has a bias."""
+    """`rms` multiplies the weight after rounding to the model's dtype, `rms_fp32` before, `rms_offset` too,
+    but with one added to the weight (Gemma); `layer` has a bias."""
     pre_norms: int = 2
     """Norms in front of a sub-block. One alone feeds attention and MLP side by side (phi)."""
     post_norms: int = 0
