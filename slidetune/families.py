@@ -9,81 +9,20 @@ describe another model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any
 
+from slidetune.config_fields import REQUIRED, Fields
 from slidetune.errors import BadFile, SlidetuneError
-from slidetune.kernel_costs import embedding_costs, head_costs, layer_costs
-from slidetune.layer_shape import LayerShape, NormKind, norm_params
-from slidetune.model import ModelSpec, Unit
-
-_REQUIRED: Any = object()
-
-
-class Fields:
-    """A config's fields, checked as they are read. `name` is what error messages call the config."""
-
-    def __init__(self, config: Mapping[str, Any], name: str) -> None:
-        self.config = config
-        self.name = name
-
-    def integer(self, field: str, default: Any = _REQUIRED, *, least: int = 1) -> Any:
-        """An integer of at least `least`; an absent field is `default`. Null is allowed where the default
-        is None."""
-        value = self._get(field, default)
-        if value is None and default is None:
-            return None
-        if type(value) is not int or value < least:
-            self.refuse(field, value, f"an integer >= {least}{' or null' if default is None else ''}")
-        return value
-
-    def optional(self, field: str, absent: int | None = None, *, least: int = 1) -> int | None:
-        """An integer or null; `absent` where the config does not name the field."""
-        return self.integer(field, None, least=least) if field in self.config else absent
-
-    def flag(self, field: str, default: bool) -> bool:
-        value = self._get(field, default)
-        value = default if value is None else value
-        return value if isinstance(value, bool) else self.refuse(field, value, "true or false")
-
-    def text(self, field: str, default: str) -> str:
-        value = self._get(field, default)
-        value = default if value is None else value
-        return value if isinstance(value, str) else self.refuse(field, value, "a string")
-
-    def sequence(self, field: str, kind: type, allowed: str) -> list[Any] | None:
-        """A list of `kind`, or None where absent or null."""
-        value = self._get(field, None)
-        if value is None or (isinstance(value, list) and all(type(item) is kind for item in value)):
-            return value
-        return self.refuse(field, value, allowed)
-
-    def _get(self, field: str, default: Any) -> Any:
-        value = self.config.get(field, default)
-        if value is _REQUIRED:
-            raise BadFile(f"{self.name}: field {field!r} is missing.", "It must be an integer >= 1.")
-        return value
-
-    def refuse(self, field: str, value: Any, allowed: str) -> NoReturn:
-        raise BadFile(f"{self.name}: field {field!r} is {value!r}.", f"Allowed: {allowed}.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Skeleton:
-    """What a family function returns: the layers' shapes and how the model begins and ends."""
-
-    layers: list[LayerShape]
-    vocab: int
-    tied: bool
-    max_seq_len: int
-    learned_positions: int = 0
-    head_bias: bool = False
+from slidetune.layer_shape import LayerShape
+from slidetune.model import ModelSpec
+from slidetune.skeleton import Skeleton, assemble
 
 
 def _core(f: Fields, **defaults: int) -> dict[str, int]:
     """The sizes every Llama-like family names alike."""
     hidden = f.integer("hidden_size")
-    heads = f.integer("num_attention_heads", defaults.get("heads", _REQUIRED))
+    heads = f.integer("num_attention_heads", defaults.get("heads", REQUIRED))
     kv_heads = f.optional("num_key_value_heads", defaults.get("kv_heads")) or heads
     head_dim = f.optional("head_dim", defaults.get("head_dim"))
     if heads % kv_heads:
@@ -105,7 +44,7 @@ def _skeleton(
     *,
     positions: int,
     tied: bool = False,
-    vocab: int = _REQUIRED,
+    vocab: int = REQUIRED,
     **rest: Any,
 ) -> Skeleton:
     if isinstance(layers, LayerShape):
@@ -382,7 +321,7 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     if not isinstance(family, str) or family not in FAMILIES:
         supported = ", ".join([*FAMILIES, "gemma3 (its text tower)"])
         raise SlidetuneError(f"{name}: model_type {family!r} is not supported.", f"Supported: {supported}.")
-    return _spec(FAMILIES[family](Fields(config, name)), name, family)
+    return assemble(FAMILIES[family](Fields(config, name)), name, family)
 
 
 def _text_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -394,63 +333,3 @@ def _text_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     # The outer config decides whether the head is tied; 'tie_word_embeddings' of the tower is not consulted.
     tied = config.get("tie_word_embeddings", True)
     return {**text, "model_type": "gemma3_text", "tie_word_embeddings": tied}
-
-
-def _spec(skeleton: Skeleton, name: str, family: str) -> ModelSpec:
-    first = skeleton.layers[0]
-    hidden, vocab, norm = first.hidden, skeleton.vocab, first.norm
-    costs = {shape: _layer_figures(shape) for shape in set(skeleton.layers)}
-    layers = [Unit(index=i, **costs[shape]) for i, shape in enumerate(skeleton.layers, start=1)]
-    head = _head(len(layers) + 1, skeleton, hidden, norm, fused=first.fused_kernels)
-    return ModelSpec(
-        name=name,
-        family=family,
-        hidden_size=hidden,
-        vocab_size=vocab,
-        tied=skeleton.tied,
-        max_seq_len=skeleton.max_seq_len,
-        units=(_embedding(skeleton, hidden), *layers, head),
-    )
-
-
-def _layer_figures(shape: LayerShape) -> dict[str, Any]:
-    return {
-        "kind": "layer",
-        "params": shape.params,
-        "weight_elements": shape.params,
-        "largest_tensor": shape.largest_tensor,
-        "matmul_elements": shape.matmul_elements,
-        "attention_width": shape.query,
-        "attention_span": shape.span,
-        "eager": layer_costs(shape, fused=False),
-        "liger": layer_costs(shape, fused=shape.fused_kernels),
-    }
-
-
-def _embedding(skeleton: Skeleton, hidden: int) -> Unit:
-    costs = embedding_costs(hidden, learned_positions=bool(skeleton.learned_positions))
-    return Unit(
-        index=0,
-        kind="embedding",
-        params=(skeleton.vocab + skeleton.learned_positions) * hidden,
-        weight_elements=0,
-        largest_tensor=skeleton.vocab * hidden,
-        matmul_elements=0,
-        eager=costs,
-        liger=costs,
-    )
-
-
-def _head(index: int, skeleton: Skeleton, hidden: int, norm: NormKind, *, fused: bool) -> Unit:
-    matrix = skeleton.vocab * hidden
-    own = norm_params(norm, hidden) + skeleton.vocab * skeleton.head_bias
-    return Unit(
-        index=index,
-        kind="head",
-        params=own + matrix * (not skeleton.tied),
-        weight_elements=own + matrix,
-        largest_tensor=matrix,
-        matmul_elements=matrix,
-        eager=head_costs(norm, hidden, fused=False),
-        liger=head_costs(norm, hidden, fused=fused),
-    )

@@ -219,8 +219,8 @@ def _launches(shape: LayerShape, fused: bool) -> int:
 
 def _mlp_launches(shape: LayerShape, fused: bool) -> int:
     if shape.experts:
-        # Routing and sorting 13, two grouped products, the activation, weights and order 7.
-        return (30 if shape.clamped_glu else 22) - (fused and not shape.clamped_glu)
+        # Routing and sorting 13, two grouped products, activation 2 (gpt-oss 11, biases 3), weights and order 5-6.
+        return (34 if shape.clamped_glu else 22) - (fused and not shape.clamped_glu)
     activation = 8 if shape.activation == "gelu_new" else 1
     if not shape.gated:
         return 2 + activation
