@@ -219,7 +219,7 @@ def _launches(shape: LayerShape, fused: bool) -> int:
 
 def _mlp_launches(shape: LayerShape, fused: bool) -> int:
     if shape.experts:
-        # Routing and sorting 13, two grouped products, activation 2 (gpt-oss 11, biases 3), weights and order 5-6.
+        # As counted in real layers: routing, sorting, two grouped products, the activation, putting in order.
         return (34 if shape.clamped_glu else 22) - (fused and not shape.clamped_glu)
     activation = 8 if shape.activation == "gelu_new" else 1
     if not shape.gated:
