@@ -39,8 +39,8 @@ class KernelCosts:
     forward_bytes: int
     """Largest live set of a forward pass without autograd, input and output excluded."""
     backward_bytes: int
-    """Gradients of inner tensors live at the backward pass's worst moment, on top of what was saved. The unit's
-    input and output and their gradients are not among them: those are buffers of the schedule."""
+    """Gradients of inner tensors live at the backward pass's worst moment, on top of what was saved. The
+    unit's input and output and their gradients are not among them: those are buffers of the schedule."""
     traffic_bytes: int
     """Device-memory traffic of the memory-bound kernels (norms, rotary, activation, residual)."""
     launches: int
