@@ -126,6 +126,14 @@ class Host:
     """DRAM capacity a downloaded byte takes, in bytes of Adam traffic."""
     process_gib: Figure
     """RAM of the process itself and of the operating system: all that is no arena, GiB."""
+    upload_priority: Figure = Figure(
+        1.06, "derived", "H200 probe: beside Adam, uploads keep 83 % of their rate and Adam 78 % of its own"
+    )
+    """Weight of uploads against Adam where both are held back by DRAM."""
+    download_priority: Figure = Figure(
+        1.52, "derived", "H200 probe: beside Adam, downloads keep 96 % of their rate and Adam 63 % of its own"
+    )
+    """Weight of downloads against Adam where both are held back by DRAM: posted writes go first."""
     convert_gparams_per_core: Figure = Figure(
         1.1, "derived", "H200 probe: 13.3 G parameters/s on 16 threads is 0.83 a core, DRAM-bound"
     )
@@ -151,6 +159,9 @@ class Nvme:
     """Sustained direct reads of large requests, GB/s."""
     write_gbs: Figure
     """Sustained direct writes of large requests, GB/s."""
+    mixed_share: Figure = Figure(1.3, "guess", "no measurement: drives gain little from mixing directions")
+    """Reads and writes at once reach this sum of their shares of the rates alone; 1 shares one rate, 2 would
+    be two independent directions."""
 
     @property
     def usable_bytes(self) -> int:

@@ -1,0 +1,163 @@
+"""Every buffer of a plan, sized to the byte: arithmetic alone, so it is known before anything is simulated.
+
+The builder hands out the slots of these pools; the runtime allocates them; the tuner asks only whether they fit.
+"""
+
+from __future__ import annotations
+
+from slidetune.model import (
+    BF16_BYTES,
+    FP32_BYTES,
+    OPTIMIZER_BYTES_PER_PARAM,
+    STATE_BYTES_PER_PARAM,
+    ModelSpec,
+    Unit,
+)
+from slidetune.plans import Plan, place_layers
+from slidetune.schedule import Pool
+
+# Saved inputs on their way up: one in use, one arriving.
+LOAD_SLOTS = 2
+# One layer's gradient comes down while the next one's is computed.
+GRADIENT_SLOTS = 2
+# Optimizer state between NVMe and Adam: read ahead, updated, written back, and one to spare.
+STATE_STAGING_SLOTS = 4
+
+
+def chunk_params(plan: Plan) -> int:
+    """Parameters whose bf16 gradient makes one chunk."""
+    return plan.chunk_bytes // BF16_BYTES
+
+
+def gradient_bytes(plan: Plan) -> int:
+    """Bytes a parameter of a layer's gradient on the GPU: fp32 where micro-batches add up, else bf16."""
+    return FP32_BYTES if plan.accumulation > 1 else BF16_BYTES
+
+
+def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
+    """All pools of all tiers, empty ones left out. What never changes hands is a pool of one slot."""
+    placed = list(zip(model.layers, place_layers(plan, len(model.layers)), strict=True))
+    resident = [u for u, p in placed if p.resident]
+    by_cpu = [u for u, p in placed if not p.resident]
+    staying = [u for u, p in placed if p.weights == "gpu" and not p.resident]
+    sliding = [u for u, p in placed if p.weights != "gpu"]
+    on_nvme = [u for u, p in placed if p.optimizer == "nvme"]
+    whole_on_nvme = [u for u, p in placed if p.weights == "nvme"]
+
+    micro_batches = plan.accumulation
+    hidden = model.hidden_bytes(plan.micro_batch, plan.seq_len)
+    inner = max(u.kernels(kernels).saved_bytes for u in model.layers) * plan.micro_batch * plan.seq_len
+    largest = max(u.params for u in model.layers)
+    chunk = min(chunk_params(plan), max(largest, model.head.weight_elements))
+    vocab = model.embedding.params + model.head.params
+    saved_in_ram = len(placed) - plan.activations.gpu - plan.activations.nvme
+    deferred = plan.update == "forward"
+    state_bytes = STATE_BYTES_PER_PARAM if whole_on_nvme else OPTIMIZER_BYTES_PER_PARAM
+
+    gpu = [
+        ("weights", min(plan.window, len(sliding)), BF16_BYTES * _largest(sliding)),
+        ("gradients", min(GRADIENT_SLOTS, len(placed)), gradient_bytes(plan) * largest),
+        ("head weights", 1, BF16_BYTES * model.head.weight_elements),
+        # The chunked loss adds the head's gradient up over token chunks: always fp32.
+        ("head gradient", 1, FP32_BYTES * model.head.weight_elements),
+        ("rounded gradient", 2, BF16_BYTES * chunk),
+        ("hidden states", micro_batches + LOAD_SLOTS, hidden),
+        ("saved inputs", plan.activations.gpu * micro_batches, hidden),
+        ("kept activations", plan.recompute.keep * micro_batches, inner),
+        ("activations in transit", LOAD_SLOTS if plan.recompute.offload else 0, inner),
+        ("resident layers", 1, STATE_BYTES_PER_PARAM * _params(resident)),
+        ("resident weights", 1, BF16_BYTES * _params(staying)),
+        ("resident gradients", 1 if deferred else 0, BF16_BYTES * _params(resident)),
+    ]
+    page_locked = [
+        (
+            "weights (bf16)",
+            1,
+            BF16_BYTES * (_params(by_cpu) - _params(whole_on_nvme) + vocab),
+        ),
+        ("all gradients", 1 if deferred else 0, BF16_BYTES * (_params(by_cpu) + vocab)),
+        ("gradient ring", 0 if deferred else -(-largest // chunk) + 2, BF16_BYTES * chunk),
+        # A tied matrix gets its gradient twice, from the head and from the rows: it waits here in between.
+        ("tied gradient", 0 if deferred or not model.tied else 1, BF16_BYTES * model.embedding.params),
+        ("embedding rows", 2, micro_batches * hidden),
+        ("saved inputs (RAM)", saved_in_ram * micro_batches, hidden),
+        ("inner activations (RAM)", plan.recompute.offload * micro_batches, inner),
+        ("weight staging", 2 if whole_on_nvme else 0, BF16_BYTES * largest),
+        ("input staging", micro_batches + 2 if plan.activations.nvme else 0, hidden),
+    ]
+    pageable = [
+        ("optimizer state", 1, OPTIMIZER_BYTES_PER_PARAM * (_params(by_cpu) - _params(on_nvme) + vocab)),
+        ("state staging", STATE_STAGING_SLOTS if on_nvme else 0, state_bytes * min(chunk, largest)),
+    ]
+    nvme = [
+        ("optimizer state (NVMe)", 1, OPTIMIZER_BYTES_PER_PARAM * _params(on_nvme)),
+        ("weights (NVMe)", 1, BF16_BYTES * _params(whole_on_nvme)),
+        ("saved inputs (NVMe)", plan.activations.nvme * micro_batches, hidden),
+    ]
+    return [
+        Pool(name=name, tier=tier, slots=slots, slot_bytes=slot_bytes, page_locked=locked)
+        for tier, locked, rows in (
+            ("gpu", False, gpu),
+            ("ram", True, page_locked),
+            ("ram", False, pageable),
+            ("nvme", False, nvme),
+        )
+        for name, slots, slot_bytes in rows
+        if slots > 0 and slot_bytes > 0
+    ]
+
+
+def forward_working_bytes(unit: Unit, plan: Plan, kernels: str) -> int:
+    """GPU memory a layer's forward pass of one micro-batch needs beside its pools."""
+    return unit.kernels(kernels).forward_bytes * plan.micro_batch * plan.seq_len
+
+
+def recompute_working_bytes(unit: Unit, plan: Plan, kernels: str) -> int:
+    """The same where autograd keeps what the backward pass will need."""
+    return unit.kernels(kernels).saved_bytes * plan.micro_batch * plan.seq_len
+
+
+def backward_working_bytes(unit: Unit, plan: Plan, kernels: str, *, recomputed: bool) -> int:
+    """The same of a layer's backward pass: inner gradients, one weight's gradient on its way to the
+    accumulator, and what was recomputed."""
+    costs = unit.kernels(kernels)
+    per_token = costs.backward_bytes + (costs.saved_bytes if recomputed else 0)
+    return per_token * plan.micro_batch * plan.seq_len + BF16_BYTES * unit.largest_tensor
+
+
+def head_working_bytes(model: ModelSpec, plan: Plan, kernels: str) -> int:
+    """The same of final norm, head and chunked loss, forward and backward."""
+    tokens = plan.micro_batch * plan.seq_len
+    costs = model.head.kernels(kernels)
+    return model.loss_working_bytes(tokens) + (costs.saved_bytes + costs.backward_bytes) * tokens
+
+
+def working_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> int:
+    """The largest working set of any GPU task of the plan."""
+    placed = zip(model.layers, place_layers(plan, len(model.layers)), strict=True)
+    # Layers of one kind share a figure; a set keeps the arithmetic short for deep models.
+    kinds = {
+        (u.kernels(kernels), u.largest_tensor, p.inner == "recompute"): (u, p.inner == "recompute")
+        for u, p in placed
+    }
+    return max(
+        head_working_bytes(model, plan, kernels),
+        *(forward_working_bytes(u, plan, kernels) for u, _ in kinds.values()),
+        *(backward_working_bytes(u, plan, kernels, recomputed=r) for u, r in kinds.values()),
+    )
+
+
+def peak_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> dict[str, int]:
+    """What each tier must hold: its pools, and on the GPU the largest working set beside them."""
+    total = {"gpu": working_bytes(model, plan, kernels), "ram": 0, "nvme": 0}
+    for pool in pools(model, plan, kernels):
+        total[pool.tier] += pool.bytes
+    return total
+
+
+def _params(units: list[Unit]) -> int:
+    return sum(u.params for u in units)
+
+
+def _largest(units: list[Unit]) -> int:
+    return max((u.params for u in units), default=0)

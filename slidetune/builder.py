@@ -1,0 +1,587 @@
+"""The one function that says what a step is: `build(model, plan)` gives its Schedule.
+
+The order in which tasks are emitted is the order in which every lane runs its own. Reading `_Step.build` from
+top to bottom is reading an optimizer step.
+"""
+
+from __future__ import annotations
+
+from slidetune import buffers
+from slidetune.model import BF16_BYTES, OPTIMIZER_BYTES_PER_PARAM, STATE_BYTES_PER_PARAM, ModelSpec, Unit
+from slidetune.plans import Placement, Plan, check, place_layers
+from slidetune.schedule import (
+    CPU_ADAM,
+    D2H,
+    GPU,
+    H2D,
+    LANES,
+    NVME_READ,
+    NVME_WRITE,
+    Hold,
+    Schedule,
+    Task,
+    Work,
+)
+
+# DRAM traffic of Adam over a split master: gradient, weights, remainder and moments read (14), all but the
+# gradient written (12). The GPU's Adam moves the same bytes in device memory.
+ADAM_BYTES_PER_PARAM = 26.0
+# A gradient added to the fp32 accumulator: read 2 + 4, written 4.
+ACCUMULATE_BYTES_PER_PARAM = 10.0
+# Kernels a backward pass launches for each of the forward pass (H200 probe: 3.1 ms against 1.3 ms where
+# launching is the limit).
+BACKWARD_LAUNCHES = 2.4
+EMBEDDING = 0
+
+
+def build(model: ModelSpec, plan: Plan, kernels: str = "eager") -> Schedule:
+    """The schedule of one optimizer step of `plan` on `model`.
+
+    `kernels` ("eager" or "liger") names the implementation whose working sets and launches count. Raises
+    SlidetuneError, naming every fault, when plan and model don't agree.
+    """
+    check(plan, model)
+    return _Step(model, plan, kernels).build()
+
+
+def distinct_rows(tokens: int, vocab_size: int) -> int:
+    """Expected distinct ids among `tokens` uniform ones; text, which repeats itself, has fewer."""
+    return min(vocab_size, round(vocab_size * (1.0 - (1.0 - 1.0 / vocab_size) ** tokens)))
+
+
+class _Slots:
+    """A pool being handed out in emission order, the longest-free slot first."""
+
+    __slots__ = ("first", "free", "index", "last")
+
+    def __init__(self, index: int, slots: int) -> None:
+        self.index = index
+        # Each free slot with the tasks that must end before it is taken again.
+        self.free: list[tuple[int, tuple[int, ...]]] = [(slot, ()) for slot in range(slots)]
+        # Per slot, the step's first taker and last readers: the next step's first taker waits for the latter.
+        self.first: dict[int, int] = {}
+        self.last: dict[int, tuple[int, ...]] = {}
+
+
+class _Held:
+    """A slot in use since task `first`."""
+
+    __slots__ = ("first", "pool", "slot")
+
+    def __init__(self, pool: _Slots, slot: int, first: int) -> None:
+        self.pool, self.slot, self.first = pool, slot, first
+
+
+class _Step:
+    def __init__(self, model: ModelSpec, plan: Plan, kernels: str) -> None:
+        self.model, self.plan, self.kernels = model, plan, kernels
+        self.layers = model.layers
+        self.placements = place_layers(plan, len(self.layers))
+        self.micro_batches = range(plan.accumulation)
+        self.prefetch = min(plan.prefetch, len(self.layers))
+        self.hidden_bytes = model.hidden_bytes(plan.micro_batch, plan.seq_len)
+        # Layers from here on are still in their slots when the backward pass comes for them.
+        sliding = [i for i, p in enumerate(self.placements) if p.weights != "gpu"]
+        self.turnaround = set(sliding[-plan.window :])
+        self.deferred = plan.update == "forward"
+        # Rows of the embedding a step reads. The others have no gradient from their use as input, so their
+        # update need not wait for the end of the backward pass.
+        self.touched = distinct_rows(plan.tokens, model.vocab_size) / model.vocab_size
+
+        self.pools = buffers.pools(model, plan, kernels)
+        self.slots = {pool.name: _Slots(i, pool.slots) for i, pool in enumerate(self.pools)}
+        self.tasks: list[Task] = []
+        self.holds: list[Hold] = []
+        self.visits: list[int] = []
+        self.works: dict[tuple, Work] = {}
+        # Tasks waiting for what the previous step will have marked under a name.
+        self.waiting: list[tuple[int, tuple]] = []
+        self.marks: dict[tuple, tuple[int, ...]] = {}
+
+        self.weights: dict[int, tuple[tuple[int, ...], _Held | None]] = {}
+        self.inputs: dict[tuple[int, int], tuple[int, _Held]] = {}
+        self.loaded: dict[tuple[int, int], tuple[int, _Held]] = {}
+        self.staged: dict[tuple[int, int], tuple[int, _Held]] = {}
+        self.inner: dict[tuple[int, int], tuple[int, _Held | None]] = {}
+        self.gradients: dict[int, int] = {}
+
+    # ---- the step -----------------------------------------------------------------------------------------
+
+    def build(self) -> Schedule:
+        count = len(self.layers)
+        self._visit()
+        self._gather()
+        for ahead in range(self.prefetch):
+            self._bring(ahead)
+        for i in range(count):
+            self._visit()
+            self._forward_layer(i)
+        self._visit()
+        self._head()
+        for m in self.micro_batches:
+            self._read_input(count - 1, m)
+        self._load(count - 1, 0)
+        for i in reversed(range(count)):
+            self._visit()
+            self._backward_layer(i)
+        self._visit()
+        self._scatter()
+        return self._finished()
+
+    def _gather(self) -> None:
+        """Embedding rows go up, micro-batch by micro-batch: rows, never the matrix."""
+        if self.deferred:
+            self._update_embedding(self.touched, "rows", await_norm=True)
+        elif not self.model.tied:
+            # Nothing but the rows this step reads waits for this step's gradient.
+            self._update_embedding(1.0 - self.touched, "rest")
+        work = self._work("gather", H2D, bytes=self.hidden_bytes)
+        for m in self.micro_batches:
+            held = self._take("saved inputs" if self._saved_on_gpu(0) else "hidden states")
+            after = self.marks.get(("rows updated",), ()) if self.deferred else ()
+            task = self._emit(work, EMBEDDING, after + held[2], m)
+            if not self.deferred:
+                self._await_previous(task, "rows updated")
+            self.inputs[0, m] = (task, self._own(held, task))
+
+    def _forward_layer(self, i: int) -> None:
+        self._bring(i + self.prefetch)
+        unit, place = self.layers[i], self.placements[i]
+        plan = self.plan
+        if place.resident and self.deferred:
+            self._update_on_gpu(unit, await_norm=True)
+        ready, slot = self._ready_weights(i)
+        work = self._work(
+            "forward",
+            GPU,
+            flops=unit.forward_flops(plan.micro_batch, plan.seq_len),
+            traffic_bytes=self._traffic(unit),
+            launches=unit.kernels(self.kernels).launches,
+            working_bytes=buffers.forward_working_bytes(unit, plan, self.kernels),
+        )
+        for m in self.micro_batches:
+            source, held = self.inputs[i, m]
+            target = self._take("saved inputs" if self._saved_on_gpu(i + 1) else "hidden states")
+            inner = self._take_inner(place)
+            task = self._emit(work, unit.index, (source, *ready, *target[2], *(inner[2] if inner else ())), m)
+            self.inputs[i + 1, m] = (task, self._own(target, task))
+            readers = (task,)
+            if place.saved_input != "gpu":
+                readers += (self._save_input(i, m, source),)
+                self._release(held, *readers)
+            if inner:
+                self._keep_inner(i, m, task, self._own(inner, task))
+        if slot is not None and i not in self.turnaround:
+            self._release(slot, task)
+            del self.weights[i]
+
+    def _head(self) -> None:
+        """Final norm, head, chunked loss: forward and backward at once, so full logits never exist."""
+        model, plan, head = self.model, self.plan, self.model.head
+        count = len(self.layers)
+        if count not in self.weights:
+            self._bring_head()
+        ready, slot = self._ready_weights(count)
+        gradient = self._take("head gradient")
+        flops = head.forward_flops(plan.micro_batch, plan.seq_len)
+        tokens = plan.micro_batch * plan.seq_len
+        chunks = -(-tokens // model.loss_chunk_tokens(tokens))
+        work = self._work(
+            "head",
+            GPU,
+            flops=3.0 * flops,
+            # Logits written, read, upcast, differentiated and read twice: about 24 bytes each.
+            traffic_bytes=24.0 * tokens * model.vocab_size
+            + chunks * 12.0 * head.weight_elements
+            + 3.0 * head.kernels(self.kernels).traffic_bytes * tokens,
+            launches=chunks * 3 * head.kernels(self.kernels).launches,
+            working_bytes=buffers.head_working_bytes(model, plan, self.kernels),
+        )
+        held = None
+        for m in self.micro_batches:
+            source, _ = self.inputs[count, m]
+            task = self._emit(work, head.index, (source, *ready, *gradient[2]), m)
+            held = held or self._own(gradient, task)
+            self.gradients[m] = task
+        self._release(slot, task)
+        if model.tied:
+            self._send_tied_gradient(task, held)
+        else:
+            self._send_gradient(head, None, task, held)
+            if self.deferred:
+                self._update_embedding(1.0 - self.touched, "rest")
+
+    def _backward_layer(self, i: int) -> None:
+        unit, place, plan = self.layers[i], self.placements[i], self.plan
+        self._bring_back(i - self.prefetch)
+        ready, slot = self._ready_weights(i)
+        gradient = self._take("gradients")
+        recomputed = place.inner == "recompute"
+        costs = unit.kernels(self.kernels)
+        again = self._work(
+            "recompute",
+            GPU,
+            flops=unit.forward_flops(plan.micro_batch, plan.seq_len),
+            traffic_bytes=self._traffic(unit),
+            launches=costs.launches,
+            working_bytes=buffers.recompute_working_bytes(unit, plan, self.kernels),
+        )
+        work = self._work(
+            "backward",
+            GPU,
+            flops=unit.backward_flops(plan.micro_batch, plan.seq_len),
+            traffic_bytes=2.0 * self._traffic(unit)
+            + (ACCUMULATE_BYTES_PER_PARAM * unit.params if plan.accumulation > 1 else 0.0),
+            launches=round(BACKWARD_LAUNCHES * costs.launches),
+            working_bytes=buffers.backward_working_bytes(unit, plan, self.kernels, recomputed=recomputed),
+        )
+        held = None
+        for m in self.micro_batches:
+            if i > 0:
+                self._read_input(i - 1, m)
+            self._load_ahead(i, m)
+            source, saved = self.loaded.pop((i, m), None) or self.inputs[i, m]
+            after = (source, self.gradients[m], *ready)
+            if recomputed:
+                task = self._emit(again, unit.index, after, m)
+                after = (task,)
+            else:
+                arrived, transit = self.inner.pop((i, m))
+                after += (arrived,)
+            task = self._emit(work, unit.index, after + gradient[2], m)
+            self.gradients[m] = task
+            held = held or self._own(gradient, task)
+            self._release(saved, task)
+            if not recomputed and transit is not None:
+                self._release(transit, task)
+        if slot is not None:
+            self._release(slot, task)
+            del self.weights[i]
+        if not place.resident:
+            self._send_gradient(unit, place, task, held)
+        elif self.deferred:
+            self.marks["gradient on gpu", i] = (task,)
+            self._release(held, task)
+        else:
+            self._release(held, self._update_on_gpu(unit, after=(task,)))
+
+    def _scatter(self) -> None:
+        """The gradient of the embedding's rows comes down and, unless deferred, its rows are updated."""
+        work = self._work("store", D2H, bytes=self.hidden_bytes)
+        store = -1
+        for m in self.micro_batches:
+            store = self._emit(work, EMBEDDING, (self.gradients[m],), m)
+            self._release(self.inputs[len(self.layers), m][1], store)
+        if not self.deferred:
+            self._update_embedding(self.touched, "rows", after=(store,))
+        # With the last gradient down, the norm of all of them is known.
+        self.marks["norm",] = (store, self.gradients[self.micro_batches[-1]])
+
+    # ---- weights ------------------------------------------------------------------------------------------
+
+    def _bring(self, i: int) -> None:
+        """Issue the upload of layer i (or the head, past the last) for the forward pass; with a deferred
+        update, Adam comes first."""
+        if i > len(self.layers):
+            return
+        if i == len(self.layers):
+            self._bring_head()
+            return
+        unit, place = self.layers[i], self.placements[i]
+        if place.resident:
+            return
+        if self.deferred:
+            self._update_deferred(unit, place)
+        self._fetch(i, from_previous=not self.deferred)
+
+    def _bring_back(self, i: int) -> None:
+        """Issue the upload of layer i for the backward pass, unless its weights are still on the GPU."""
+        if i >= 0 and self.placements[i].weights != "gpu" and i not in self.turnaround:
+            self._fetch(i, from_previous=False)
+
+    def _bring_head(self) -> None:
+        head = self.model.head
+        if self.deferred:
+            if self.model.tied:
+                self._update_embedding(1.0 - self.touched, "rest", await_norm=True)
+            self._update_deferred(head, None)
+        slot = self._take("head weights")
+        work = self._work("fetch", H2D, bytes=BF16_BYTES * head.weight_elements)
+        after = self.marks["updated", head.index] if self.deferred else ()
+        if self.deferred and self.model.tied:
+            after += self.marks["rest updated",] + self.marks["rows updated",]
+        task = self._emit(work, head.index, after + slot[2])
+        if not self.deferred:
+            self._await_previous(task, "updated", head.index)
+            if self.model.tied:
+                self._await_previous(task, "rows updated")
+        self.weights[len(self.layers)] = ((task,), self._own(slot, task))
+
+    def _fetch(self, i: int, *, from_previous: bool) -> None:
+        unit, place = self.layers[i], self.placements[i]
+        # After a deferred update the weights are those of this step, else those the last step left.
+        after = self.marks.get(("updated", unit.index), ()) if self.deferred else ()
+        slot = None if place.weights == "gpu" else self._take("weights")
+        staging = None
+        if place.weights == "nvme":
+            staging = self._take("weight staging")
+            read = self._emit(
+                self._work("read weights", NVME_READ, bytes=BF16_BYTES * unit.params),
+                unit.index,
+                (*(self.marks["written", unit.index] if self.deferred else ()), *staging[2]),
+            )
+            if from_previous:
+                self._await_previous(read, "written", unit.index)
+            staging, after = self._own(staging, read), (read,)
+        work = self._work("fetch", H2D, bytes=BF16_BYTES * unit.params)
+        task = self._emit(work, unit.index, after + (slot[2] if slot else ()))
+        if from_previous:
+            self._await_previous(task, "updated", unit.index)
+        if place.weights == "gpu":
+            # Staying weights are overwritten in place, so not before their last reader of the step before.
+            self._await_previous(task, "computed", unit.index)
+        if staging:
+            self._release(staging, task)
+        self.weights[i] = ((task,), self._own(slot, task) if slot else None)
+
+    def _ready_weights(self, i: int) -> tuple[tuple[int, ...], _Held | None]:
+        """The tasks after which unit i's weights are on the GPU, and the slot they are in, if any."""
+        return self.weights.get(i, ((), None))
+
+    # ---- activations --------------------------------------------------------------------------------------
+
+    def _saved_on_gpu(self, i: int) -> bool:
+        return i < len(self.layers) and self.placements[i].saved_input == "gpu"
+
+    def _save_input(self, i: int, m: int, source: int) -> int:
+        """Send layer i's input down to RAM, and on to NVMe if it lives there."""
+        unit, tier = self.layers[i], self.placements[i].saved_input
+        target = self._take("input staging" if tier == "nvme" else "saved inputs (RAM)")
+        save = self._emit(self._work("save", D2H, bytes=self.hidden_bytes), unit.index, (source, *target[2]), m)
+        held = self._own(target, save)
+        if tier == "nvme":
+            write = self._emit(
+                self._work("write input", NVME_WRITE, bytes=self.hidden_bytes), unit.index, (save,), m
+            )
+            self._release(held, write)
+            self.staged[i, m] = (write, held)
+        else:
+            self.staged[i, m] = (save, held)
+        return save
+
+    def _load_ahead(self, i: int, m: int) -> None:
+        """Issue the load of the saved input used one micro-batch after (i, m)."""
+        if m + 1 < self.plan.accumulation:
+            self._load(i, m + 1)
+        elif i > 0:
+            self._load(i - 1, 0)
+
+    def _read_input(self, i: int, m: int) -> None:
+        """Read a saved input back from NVMe: a layer ahead, since reads of optimizer state come between."""
+        if self.placements[i].saved_input != "nvme":
+            return
+        slot = self._take("input staging")
+        work = self._work("read input", NVME_READ, bytes=self.hidden_bytes)
+        read = self._emit(work, self.layers[i].index, (self.staged[i, m][0], *slot[2]), m)
+        self.staged[i, m] = (read, self._own(slot, read))
+
+    def _load(self, i: int, m: int) -> None:
+        unit, place = self.layers[i], self.placements[i]
+        if place.inner == "offload":
+            self._load_inner(i, m)
+        if place.saved_input == "gpu":
+            return
+        source, held = self.staged.pop((i, m))
+        slot = self._take("hidden states")
+        load = self._emit(self._work("load", H2D, bytes=self.hidden_bytes), unit.index, (source, *slot[2]), m)
+        self._release(held, load)
+        self.loaded[i, m] = (load, self._own(slot, load))
+
+    def _take_inner(self, place: Placement) -> tuple | None:
+        if place.inner == "recompute":
+            return None
+        return self._take("kept activations" if place.inner == "keep" else "activations in transit")
+
+    def _inner_bytes(self, unit: Unit) -> int:
+        return buffers.recompute_working_bytes(unit, self.plan, self.kernels)
+
+    def _keep_inner(self, i: int, m: int, forward: int, held: _Held) -> None:
+        """Inner activations stay where the forward pass left them, or go down to RAM."""
+        if self.placements[i].inner == "keep":
+            self.inner[i, m] = (forward, held)
+            return
+        unit = self.layers[i]
+        target = self._take("inner activations (RAM)")
+        save = self._emit(
+            self._work("save inner", D2H, bytes=self._inner_bytes(unit)), unit.index, (forward, *target[2]), m
+        )
+        self._release(held, save)
+        self.inner[i, m] = (save, self._own(target, save))
+
+    def _load_inner(self, i: int, m: int) -> None:
+        unit = self.layers[i]
+        saved, in_ram = self.inner[i, m]
+        slot = self._take("activations in transit")
+        load = self._emit(
+            self._work("load inner", H2D, bytes=self._inner_bytes(unit)), unit.index, (saved, *slot[2]), m
+        )
+        self._release(in_ram, load)
+        self.inner[i, m] = (load, self._own(slot, load))
+
+    # ---- gradients and updates ----------------------------------------------------------------------------
+
+    def _send_gradient(self, unit: Unit, place: Placement | None, computed: int, held: _Held) -> None:
+        """A unit's gradient comes down chunk by chunk; Adam follows each unless the update is deferred."""
+        self.marks["computed", unit.index] = (computed,)
+        store = computed
+        # Deferred, gradients have a place each: free once this step's update has read the last one.
+        free = self.marks["updated", unit.index] if self.deferred else ()
+        for chunk, params in enumerate(self._chunks(unit.params)):
+            ring = None if self.deferred else self._take("gradient ring")
+            work = self._work("store", D2H, bytes=BF16_BYTES * params)
+            store = self._emit(work, unit.index, (computed, *free, *(ring[2] if ring else ())), chunk=chunk)
+            if ring:
+                arrived = self._own(ring, store)
+                self._release(arrived, self._adam(unit, place, chunk, params, (store,)))
+        self._release(held, store)
+
+    def _send_tied_gradient(self, computed: int, held: _Held) -> None:
+        """The head's gradient of a tied matrix: rows no token read are complete, and updated at once."""
+        head, store = self.model.head, computed
+        # Deferred, the buffer is free once this step's update has read it; else once the last step's has.
+        free = self.marks["rest updated",] if self.deferred else ()
+        for chunk, params in enumerate(self._chunks(head.weight_elements)):
+            work = self._work("store", D2H, bytes=BF16_BYTES * params)
+            store = self._emit(work, head.index, (computed, *free), chunk=chunk)
+            if chunk == 0 and not self.deferred:
+                self._await_previous(store, "rows updated")
+        self._release(held, store)
+        if not self.deferred:
+            if head.params:
+                self._adam(head, None, 0, head.params, (store,))
+            self._update_embedding(1.0 - self.touched, "rest", after=(store,))
+
+    def _update_deferred(self, unit: Unit, place: Placement | None) -> None:
+        for chunk, params in enumerate(self._chunks(unit.params)):
+            task = self._adam(unit, place, chunk, params, ())
+            if chunk == 0:
+                self._await_previous(task, "norm")
+
+    def _adam(self, unit: Unit, place: Placement | None, chunk: int, params: int, after: tuple[int, ...]) -> int:
+        """Update one chunk on the CPU; state on NVMe is read before and written back after."""
+        on_nvme = place is not None and place.optimizer == "nvme"
+        staging = None
+        if on_nvme:
+            per_param = STATE_BYTES_PER_PARAM if place.weights == "nvme" else OPTIMIZER_BYTES_PER_PARAM
+            slot = self._take("state staging")
+            read = self._emit(
+                self._work("read state", NVME_READ, bytes=per_param * params), unit.index, slot[2], chunk=chunk
+            )
+            if chunk == 0:
+                self._await_previous(read, "written", unit.index)
+            staging, after = self._own(slot, read), (*after, read)
+        task = self._emit(self._adam_work(params), unit.index, after, chunk=chunk)
+        self.marks["updated", unit.index] = (task,)
+        if on_nvme:
+            write = self._emit(
+                self._work("write state", NVME_WRITE, bytes=per_param * params),
+                unit.index,
+                (task,),
+                chunk=chunk,
+            )
+            self.marks["written", unit.index] = (write,)
+            self._release(staging, write)
+        return task
+
+    def _adam_work(self, params: int) -> Work:
+        return self._work(
+            "adam", CPU_ADAM, params=params, param_bytes=ADAM_BYTES_PER_PARAM, threads=self.plan.adam_threads
+        )
+
+    def _update_embedding(
+        self, share: float, part: str, after: tuple[int, ...] = (), await_norm: bool = False
+    ) -> None:
+        """Adam on a share of the embedding's rows: those the step reads, or the rest."""
+        task = -1
+        for chunk, params in enumerate(self._chunks(round(share * self.model.embedding.params))):
+            task = self._emit(self._adam_work(params), EMBEDDING, after, chunk=chunk)
+            if await_norm and chunk == 0:
+                self._await_previous(task, "norm")
+        self.marks[f"{part} updated",] = (task,) if task >= 0 else after
+
+    def _update_on_gpu(self, unit: Unit, after: tuple[int, ...] = (), await_norm: bool = False) -> int:
+        """The GPU's fused Adam on a resident layer."""
+        work = self._work(
+            "adam", GPU, traffic_bytes=ADAM_BYTES_PER_PARAM * unit.params, launches=1, params=unit.params
+        )
+        task = self._emit(work, unit.index, after)
+        if await_norm:
+            self._await_previous(task, "norm")
+        return task
+
+    # ---- plumbing -----------------------------------------------------------------------------------------
+
+    def _traffic(self, unit: Unit) -> float:
+        """Device-memory traffic of a forward pass of one micro-batch: activations, and the weights once."""
+        tokens = self.plan.micro_batch * self.plan.seq_len
+        return unit.kernels(self.kernels).traffic_bytes * tokens + BF16_BYTES * unit.weight_elements
+
+    def _chunks(self, params: int) -> list[int]:
+        size = buffers.chunk_params(self.plan)
+        whole, rest = divmod(params, size)
+        return [size] * whole + [rest] * (rest > 0)
+
+    def _visit(self) -> None:
+        self.visits.append(len(self.tasks))
+
+    def _work(self, op: str, lane: str, **amounts: float) -> Work:
+        key = (op, lane, *amounts.values())
+        work = self.works.get(key)
+        if work is None:
+            work = self.works[key] = Work(op=op, lane=lane, **amounts)  # type: ignore[arg-type]
+        return work
+
+    def _emit(
+        self, work: Work, unit: int, after: tuple[int, ...] = (), micro_batch: int = -1, chunk: int = -1
+    ) -> int:
+        self.tasks.append(Task(work, unit, micro_batch, chunk, after))
+        return len(self.tasks) - 1
+
+    def _await_previous(self, task: int, *mark: object) -> None:
+        """Make a task wait for what the step before will have marked so."""
+        self.waiting.append((task, mark))
+
+    def _take(self, pool: str) -> tuple[_Slots, int, tuple[int, ...]]:
+        """A free slot of the pool and the tasks its taker must wait for."""
+        slots = self.slots[pool]
+        return (slots, *slots.free.pop(0))
+
+    def _own(self, taken: tuple[_Slots, int, tuple[int, ...]], first: int) -> _Held:
+        slots, slot, _ = taken
+        slots.first.setdefault(slot, first)
+        return _Held(slots, slot, first)
+
+    def _release(self, held: _Held, *readers: int) -> None:
+        """The slot is free again once `readers` have ended."""
+        self.holds.append(Hold(held.pool.index, held.slot, held.first, readers))
+        held.pool.free.append((held.slot, readers))
+        held.pool.last[held.slot] = readers
+
+    def _finished(self) -> Schedule:
+        previous: dict[int, tuple[int, ...]] = {}
+        for task, mark in self.waiting:
+            previous[task] = previous.get(task, ()) + self.marks.get(mark, ())
+        for slots in self.slots.values():
+            for slot, first in slots.first.items():
+                previous[first] = previous.get(first, ()) + slots.last[slot]
+        for task, awaited in previous.items():
+            self.tasks[task] = self.tasks[task]._replace(after_previous=tuple(sorted(set(awaited))))
+        return Schedule(
+            name=self.plan.update,
+            lanes=LANES,
+            tasks=tuple(self.tasks),
+            pools=tuple(self.pools),
+            holds=tuple(self.holds),
+            tokens=self.plan.tokens,
+            visits=tuple(self.visits),
+        )

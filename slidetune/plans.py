@@ -1,0 +1,247 @@
+"""The decisions: what a person, or the tuner, may choose about a step. Every plan computes the same update.
+
+A plan is a YAML file. The text under each field is the one place that says what the knob means: it becomes the
+file's comments, the JSON schema and the CLI's explanations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from slidetune.errors import SlidetuneError
+from slidetune.model import ModelSpec
+from slidetune.units import GIB, MIB
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activations:
+    """Where layers keep their saved input between the forward and the backward pass. The others use RAM."""
+
+    gpu: int = 0
+    """Layers, counted from the last, whose input stays on the GPU: they need it back the soonest."""
+    nvme: int = 0
+    """Layers, counted from the first, whose input goes to NVMe: they can wait the longest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recompute:
+    """Layers that do not recompute their inner activations in the backward pass. The others do."""
+
+    keep: int = 0
+    """Layers, counted from the last, that keep their inner activations on the GPU."""
+    offload: int = 0
+    """Layers before those that send them to RAM and bring them back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One way to run an optimizer step of one model at one sequence length."""
+
+    model: str
+    """Catalog name, hub id, directory or config.json of the model the plan is for."""
+    seq_len: int = 1024
+    """Tokens a sequence."""
+    micro_batch: int = 1
+    """Sequences in one forward pass of one layer."""
+    accumulation: int = 1
+    """Micro-batches that visit a layer while its weights are on the GPU; the optimizer sees
+    micro_batch * accumulation sequences a step, and weights cross the link no more often for it."""
+    window: int = 2
+    """Weight slots on the GPU that the layers slide through."""
+    prefetch: int = 1
+    """Units ahead of the computation whose upload is issued; at most window - 1."""
+    resident_layers: int = 0
+    """Layers, counted from the first, that live on the GPU whole: weights, master and moments. The GPU
+    updates them."""
+    resident_weights: int = 0
+    """Further layers whose weights stay on the GPU while the CPU updates them: one upload a step, not two."""
+    optimizer_nvme: int = 0
+    """Layers, spread evenly, whose optimizer state lives on NVMe."""
+    weights_nvme: int = 0
+    """Of those, layers whose weights live on NVMe too."""
+    activations: Activations = Activations()
+    """Where the layers' saved inputs go."""
+    recompute: Recompute = Recompute()
+    """Which layers don't recompute."""
+    chunk_bytes: int = 64 * MIB
+    """Bytes of bf16 gradient that come down at a time; Adam follows chunk by chunk."""
+    adam_threads: int = 8
+    """CPU threads for Adam."""
+    update: Literal["backward", "forward"] = "backward"
+    """When Adam runs. backward: as each gradient arrives (fastest). forward: just before the layer's next
+    forward pass, when the global gradient norm is known, so clipping is exact."""
+    clip_norm: float | None = None
+    """Largest global gradient norm; needs update: forward. None leaves gradients as they are."""
+    gpu_memory_gib: float | None = None
+    """GPU memory the plan may use, enforced by the runtime; None for all there is."""
+    version: Literal[1] = PLAN_VERSION
+    """Version of this file format."""
+
+    @property
+    def batch(self) -> int:
+        """Sequences an optimizer step."""
+        return self.micro_batch * self.accumulation
+
+    @property
+    def tokens(self) -> int:
+        """Tokens an optimizer step."""
+        return self.batch * self.seq_len
+
+    @property
+    def gpu_memory_bytes(self) -> int | None:
+        return None if self.gpu_memory_gib is None else int(self.gpu_memory_gib * GIB)
+
+
+def problems(plan: Plan, model: ModelSpec) -> list[str]:
+    """What is wrong with a plan for this model, one sentence a fault; empty when it is sound."""
+    layers = len(model.layers)
+    sliding = layers - plan.resident_layers
+    found = [
+        f"{name} must be at least {least}, not {value}."
+        for name, value, least in (
+            ("seq_len", plan.seq_len, 1),
+            ("micro_batch", plan.micro_batch, 1),
+            ("accumulation", plan.accumulation, 1),
+            ("window", plan.window, 1),
+            ("prefetch", plan.prefetch, 0),
+            ("resident_layers", plan.resident_layers, 0),
+            ("resident_weights", plan.resident_weights, 0),
+            ("optimizer_nvme", plan.optimizer_nvme, 0),
+            ("weights_nvme", plan.weights_nvme, 0),
+            ("activations.gpu", plan.activations.gpu, 0),
+            ("activations.nvme", plan.activations.nvme, 0),
+            ("recompute.keep", plan.recompute.keep, 0),
+            ("recompute.offload", plan.recompute.offload, 0),
+            ("chunk_bytes", plan.chunk_bytes, 4096),
+            ("adam_threads", plan.adam_threads, 1),
+        )
+        if value < least
+    ]
+    limits = (
+        (plan.prefetch > plan.window - 1, f"prefetch ({plan.prefetch}) must be below window ({plan.window})."),
+        (
+            plan.resident_layers > layers,
+            f"resident_layers ({plan.resident_layers}) exceeds the model's {layers} layers.",
+        ),
+        (
+            plan.optimizer_nvme > sliding,
+            f"optimizer_nvme ({plan.optimizer_nvme}) exceeds the {sliding} layers that are not resident.",
+        ),
+        (
+            plan.weights_nvme > plan.optimizer_nvme,
+            f"weights_nvme ({plan.weights_nvme}) exceeds optimizer_nvme ({plan.optimizer_nvme}), "
+            "of which it is a part.",
+        ),
+        (
+            plan.resident_weights > sliding - plan.weights_nvme,
+            f"resident_weights ({plan.resident_weights}) exceeds the {sliding - plan.weights_nvme} layers "
+            "that are neither resident nor on NVMe whole.",
+        ),
+        (
+            plan.activations.gpu + plan.activations.nvme > layers,
+            f"activations place {plan.activations.gpu + plan.activations.nvme} layers, the model has {layers}.",
+        ),
+        (
+            plan.recompute.keep + plan.recompute.offload > layers,
+            f"recompute names {plan.recompute.keep + plan.recompute.offload} layers, the model has {layers}.",
+        ),
+        (
+            plan.seq_len > model.max_seq_len,
+            f"seq_len ({plan.seq_len}) exceeds the model's {model.max_seq_len} positions.",
+        ),
+        (
+            plan.clip_norm is not None and plan.update != "forward",
+            "clip_norm needs update: forward; with update: backward, layers are updated before the norm of "
+            "all gradients is known.",
+        ),
+        (plan.clip_norm is not None and not plan.clip_norm > 0, "clip_norm must be above 0."),
+        (
+            plan.gpu_memory_gib is not None
+            and not (math.isfinite(plan.gpu_memory_gib) and plan.gpu_memory_gib > 0),
+            "gpu_memory_gib must be above 0.",
+        ),
+    )
+    return found + [text for wrong, text in limits if wrong]
+
+
+def check(plan: Plan, model: ModelSpec) -> None:
+    """Raise SlidetuneError, naming every fault, unless the plan is sound for this model."""
+    found = problems(plan, model)
+    if found:
+        raise SlidetuneError(f"this plan cannot be built for {model.name}: " + " ".join(found))
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What a plan decides about one layer. Tiers are "gpu", "ram" or "nvme"."""
+
+    resident: bool
+    """Whole on the GPU, updated by it."""
+    weights: str
+    """Tier the weights live in between uses: gpu where they stay, else ram or nvme."""
+    optimizer: str
+    """Tier of master remainder and moments."""
+    saved_input: str
+    """Tier of the layer's input between forward and backward."""
+    inner: Literal["recompute", "keep", "offload"]
+    """What happens to the inner activations."""
+
+
+def spread(chosen: int, of: int) -> list[bool]:
+    """`chosen` of `of` places, as evenly as whole numbers allow: spread(2, 4) is F, T, F, T."""
+    return [(i + 1) * chosen // of > i * chosen // of for i in range(of)]
+
+
+def place_layers(plan: Plan, layers: int) -> list[Placement]:
+    """Every layer's placement, first to last.
+
+    Layers on NVMe are spread evenly so that the drive works all through the step; residents come first,
+    since theirs are the gradients the CPU would otherwise get last and owe soonest.
+    """
+    sliding = layers - plan.resident_layers
+    resident = [True] * plan.resident_layers + [False] * sliding
+    lead = [False] * plan.resident_layers
+    optimizer_nvme = lead + spread(plan.optimizer_nvme, sliding)
+    weights_nvme = _spread_within(optimizer_nvme, plan.weights_nvme)
+    stays = _spread_within(
+        [not r and not w for r, w in zip(resident, weights_nvme, strict=True)], plan.resident_weights
+    )
+    last_kept = layers - plan.recompute.keep
+    last_offloaded = last_kept - plan.recompute.offload
+    return [
+        Placement(
+            resident=resident[i],
+            weights="gpu" if resident[i] or stays[i] else "nvme" if weights_nvme[i] else "ram",
+            optimizer="gpu" if resident[i] else "nvme" if optimizer_nvme[i] else "ram",
+            saved_input="gpu"
+            if i >= layers - plan.activations.gpu
+            else "nvme"
+            if i < plan.activations.nvme
+            else "ram",
+            inner="keep" if i >= last_kept else "offload" if i >= last_offloaded else "recompute",
+        )
+        for i in range(layers)
+    ]
+
+
+def _spread_within(eligible: list[bool], chosen: int) -> list[bool]:
+    """Spread `chosen` evenly over the eligible places."""
+    picks = iter(spread(chosen, sum(eligible)))
+    return [ok and next(picks) for ok in eligible]
+
+
+def knobs(plan: Plan) -> dict[str, object]:
+    """The plan flattened: {"window": 2, "activations.gpu": 0, ...}, in the order of its fields."""
+    flat: dict[str, object] = {}
+    for field in dataclasses.fields(plan):
+        value = getattr(plan, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= {f"{field.name}.{k}": v for k, v in dataclasses.asdict(value).items()}
+        else:
+            flat[field.name] = value
+    return flat
