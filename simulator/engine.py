@@ -101,6 +101,7 @@ class Engine:
         self._states: dict[int, tuple] = {}
         self._last_boundary: tuple | None = None
         self._repeats = None if record else Repeats(schedule, self._lane_index)
+        self._start_halfway()
         self._gpu_visits = self._first_gpu_tasks() if self._repeats else {}
 
     def _build_lanes(self) -> None:
@@ -131,6 +132,14 @@ class Engine:
                 if other is not lane:
                     deps.append((other, position - other.count))
             lane.deps.append(deps)
+
+    def _start_halfway(self) -> None:
+        """Begin the first step in its middle visit, as if all before were done: the backward pass that
+        follows leaves the lanes as a whole step would, for half the price."""
+        if len(self.schedule.visits) < 3:
+            return
+        for task in self.schedule.tasks[: self.schedule.visits[len(self.schedule.visits) // 2]]:
+            self.lanes[self._lane_index[task.work.lane]].position += 1
 
     def _first_gpu_tasks(self) -> dict[int, int]:
         """GPU-lane position -> visit, for each visit's first GPU task."""
@@ -283,7 +292,10 @@ class Engine:
         ):
             if position != position2 or klass != klass2:
                 return False
-            if klass and abs(remaining - remaining2) > _SAME_REMAINING * lane.prices[position % lane.count][0]:
+            if (
+                klass
+                and abs(remaining - remaining2) > _SAME_REMAINING * lane.prices[position % lane.count][0]
+            ):
                 return False
         return True
 
@@ -359,7 +371,10 @@ class Engine:
         return lane.position <= step * lane.count + position
 
     def _skip(self, times: int, visit: int, period: int, seconds: float) -> None:
-        moves = [times * (b - a) for a, b in zip(self._repeats.base[visit - period], self._repeats.base[visit], strict=True)]
+        moves = [
+            times * (b - a)
+            for a, b in zip(self._repeats.base[visit - period], self._repeats.base[visit], strict=True)
+        ]
         for lane in self.lanes:
             lane.position += moves[lane.index]
             # What a moved lane waits for has moved with it; a lane that stood still waits for the same task.

@@ -90,12 +90,14 @@ class PriceList:
     def _download(self, work: Work) -> Price:
         link, host = self.profile.link, self.profile.host
         return self._transfer(
-            work, "d2h link", link.d2h_gbs.value, host.download_dram_weight.value, host.download_priority.value
+            work,
+            "d2h link",
+            link.d2h_gbs.value,
+            host.download_dram_weight.value,
+            host.download_priority.value,
         )
 
-    def _transfer(
-        self, work: Work, direction: str, gbs: float, dram_weight: float, priority: float
-    ) -> Price:
+    def _transfer(self, work: Work, direction: str, gbs: float, dram_weight: float, priority: float) -> Price:
         link, host = self.profile.link, self.profile.host
         seconds = link.latency_us.value * 1e-6 + work.bytes / (gbs * GB)
         shares = (
@@ -129,7 +131,9 @@ class PriceList:
         )
 
     def _write(self, work: Work) -> Price:
-        return self._drive(work, self.profile.nvme.write_gbs.value, self.profile.host.upload_dram_weight.value)
+        return self._drive(
+            work, self.profile.nvme.write_gbs.value, self.profile.host.upload_dram_weight.value
+        )
 
     def _drive(self, work: Work, gbs: float, dram_weight: float) -> Price:
         host = self.profile.host

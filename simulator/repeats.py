@@ -1,8 +1,9 @@
 """Where a schedule repeats itself: visits of like layers, one after the other, that do the same work.
 
 A visit's signature is its tasks' works and how far back their dependencies reach. Equal signatures p visits
-apart mean that the schedule, shifted by p visits, looks the same. Dependencies that reach far back, or into the
-step before, are left out of the signature: whoever uses a repetition must see that they are met.
+apart mean that the schedule, shifted by p visits, looks the same. The backward pass meets the layers in the
+opposite order of the forward pass, so dependencies from one on the other, or on the step before, never shift
+alike; they are left out of the signature: whoever uses a repetition must see that they are met.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from bisect import bisect_right
 from slidetune.schedule import Schedule
 
 MAX_PERIOD = 8
-# Visits further back than this are someone else's pass over the layers, not a neighbour.
-_NEAR_VISITS = 10
 
 
 class Repeats:
@@ -31,9 +30,10 @@ class Repeats:
         position = [0] * len(lane_index)
         signatures: list[int] = []
         ends = (*visits[1:], len(tasks))
+        turn = visits[count // 2]
         for visit, (start, end) in enumerate(zip(visits, ends, strict=True)):
             self.base.append(tuple(position))
-            near = visits[max(0, visit - _NEAR_VISITS)]
+            near = turn if start > turn else 0
             parts: list[object] = [end - start]
             for index in range(start, end):
                 work, _, _, _, after, after_previous = tasks[index]

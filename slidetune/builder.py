@@ -357,7 +357,9 @@ class _Step:
         """Send layer i's input down to RAM, and on to NVMe if it lives there."""
         unit, tier = self.layers[i], self.placements[i].saved_input
         target = self._take("input staging" if tier == "nvme" else "saved inputs (RAM)")
-        save = self._emit(self._work("save", D2H, bytes=self.hidden_bytes), unit.index, (source, *target[2]), m)
+        save = self._emit(
+            self._work("save", D2H, bytes=self.hidden_bytes), unit.index, (source, *target[2]), m
+        )
         held = self._own(target, save)
         if tier == "nvme":
             write = self._emit(
@@ -467,7 +469,9 @@ class _Step:
             if chunk == 0:
                 self._await_previous(task, "norm")
 
-    def _adam(self, unit: Unit, place: Placement | None, chunk: int, params: int, after: tuple[int, ...]) -> int:
+    def _adam(
+        self, unit: Unit, place: Placement | None, chunk: int, params: int, after: tuple[int, ...]
+    ) -> int:
         """Update one chunk on the CPU; state on NVMe is read before and written back after."""
         on_nvme = place is not None and place.optimizer == "nvme"
         staging = None
@@ -475,7 +479,10 @@ class _Step:
             per_param = STATE_BYTES_PER_PARAM if place.weights == "nvme" else OPTIMIZER_BYTES_PER_PARAM
             slot = self._take("state staging")
             read = self._emit(
-                self._work("read state", NVME_READ, bytes=per_param * params), unit.index, slot[2], chunk=chunk
+                self._work("read state", NVME_READ, bytes=per_param * params),
+                unit.index,
+                slot[2],
+                chunk=chunk,
             )
             if chunk == 0:
                 self._await_previous(read, "written", unit.index)

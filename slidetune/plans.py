@@ -123,7 +123,10 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
         if value < least
     ]
     limits = (
-        (plan.prefetch > plan.window - 1, f"prefetch ({plan.prefetch}) must be below window ({plan.window})."),
+        (
+            plan.prefetch > plan.window - 1,
+            f"prefetch ({plan.prefetch}) must be below window ({plan.window}).",
+        ),
         (
             plan.resident_layers > layers,
             f"resident_layers ({plan.resident_layers}) exceeds the model's {layers} layers.",
