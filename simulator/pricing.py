@@ -75,7 +75,9 @@ class PriceList:
         return found
 
     def _priced(self, work: Work) -> Price:
-        return getattr(self, f"_{_PRICED_AS[work.op if work.op == 'convert' else work.lane]}")(work)
+        # SlideFormer's one stream carries both directions: there the operation tells which.
+        kind = _BY_OP[work.op] if work.lane == "link" else _BY_LANE[work.lane]
+        return getattr(self, f"_{kind}")(work)
 
     def _gpu(self, work: Work) -> Price:
         launching = (("CPU cores", min(1.0, 1.0 / self.profile.host.cores.value)),)
@@ -145,8 +147,7 @@ class PriceList:
         return Price(work.bytes / (gbs * GB), Demand(shares))
 
 
-# How each lane's tasks are priced; SlideFormer's conversions run on a link lane but cost CPU time.
-_PRICED_AS = {
+_BY_LANE = {
     GPU: "gpu",
     H2D: "upload",
     D2H: "download",
@@ -155,3 +156,4 @@ _PRICED_AS = {
     NVME_WRITE: "write",
     "convert": "convert",
 }
+_BY_OP = {"fetch": "upload", "load": "upload", "store": "download", "save": "download"}

@@ -1,0 +1,295 @@
+"""The study: one Optuna study of expert plans, the sampler's own, and neighbours of the best so far.
+
+Whether a plan fits is arithmetic; a plan that doesn't is told to the sampler as a violated constraint and never
+simulated. TPE finds the region, neighbours finish the job: in a space of ordered knobs the last percent is a
+matter of single steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from slidetune.errors import SlidetuneError
+from slidetune.plans import Plan, knobs
+from slidetune.tuner.evaluate import Evaluator, Worth
+from slidetune.tuner.heuristics import starting_points
+from slidetune.tuner.space import Point, Space
+
+if TYPE_CHECKING:
+    import optuna
+
+Objective = Literal["throughput", "ram", "nvme-writes"]
+OBJECTIVES: tuple[Objective, ...] = ("throughput", "ram", "nvme-writes")
+
+# Objectives other than throughput keep at least this share of the best throughput.
+KEPT_THROUGHPUT = 0.90
+# A larger batch isn't free for training: the smallest within this of the best throughput is chosen.
+BATCH_TOLERANCE = 0.03
+# Share of the budget that expert plans may take, and share of the rest that is the sampler's.
+_EXPERT_SHARE = 1 / 3
+_SAMPLER_SHARE = 1 / 2
+# Rounds in a row without a new plan after which the space is taken to be exhausted.
+_PATIENCE = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One point tried. `worth` is None where the plan doesn't fit."""
+
+    number: int
+    origin: str
+    """expert, sampler or neighbour."""
+    plan: Plan
+    worth: Worth | None
+
+
+@dataclass(slots=True)
+class Found:
+    """A finished search."""
+
+    plan: Plan
+    worth: Worth
+    trials: list[Trial]
+    study: optuna.Study | None
+
+    @property
+    def simulated(self) -> int:
+        """Distinct plans simulated."""
+        return len({trial.plan for trial in self.trials if trial.worth})
+
+    def best_by_batch(self) -> dict[int, Trial]:
+        """The fastest plan of every batch size tried, smallest batch first."""
+        best: dict[int, Trial] = {}
+        for trial in self.trials:
+            held = best.get(trial.plan.batch)
+            if trial.worth and (held is None or trial.worth.tokens_per_s > held.worth.tokens_per_s):
+                best[trial.plan.batch] = trial
+        return dict(sorted(best.items()))
+
+
+def search(
+    space: Space,
+    evaluator: Evaluator,
+    *,
+    trials: int = 300,
+    objective: Objective = "throughput",
+    seed: int = 0,
+    storage: str | None = None,
+    study_name: str = "slidetune",
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Found | None:
+    """The best plan of `trials` distinct simulated ones, or None if none of those tried fits.
+
+    The same seed gives the same plan (without a shared storage, where others' trials count too). `progress` is
+    called with plans simulated, plans to simulate and the best tokens/s.
+    """
+    return _Search(space, evaluator, trials, objective, seed, storage, study_name, progress).run()
+
+
+def enumerate_all(
+    space: Space,
+    evaluator: Evaluator,
+    *,
+    objective: Objective = "throughput",
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Found | None:
+    """The same by trying every point of the space that fits."""
+    plans = dict.fromkeys(space.plan(point) for point in space.points())
+    tried: list[Trial] = []
+    best = 0.0
+    for number, plan in enumerate(plans):
+        worth = evaluator.worth(plan) if evaluator.fits(plan) else None
+        tried.append(Trial(number, "exhaustive", plan, worth))
+        best = max(best, worth.tokens_per_s if worth else 0.0)
+        if progress:
+            progress(number + 1, len(plans), best)
+    return choose(tried, objective, None)
+
+
+def choose(
+    tried: list[Trial], objective: Objective | Literal["fastest"], study: optuna.Study | None
+) -> Found | None:
+    """The plan the objective prefers among those tried ("fastest": whatever its batch); None if none fits."""
+    fitting = [trial for trial in tried if trial.worth]
+    if not fitting:
+        return None
+    fastest = max(trial.worth.tokens_per_s for trial in fitting)
+    if objective == "fastest":
+        best = max(fitting, key=lambda t: (t.worth.tokens_per_s, -t.number))
+    elif objective == "throughput":
+        # Of the smallest batch that is fast enough, the fastest plan; ties go to the one that needs less RAM.
+        enough = [t for t in fitting if t.worth.tokens_per_s >= (1.0 - BATCH_TOLERANCE) * fastest]
+        least = min(t.plan.batch for t in enough)
+        best = max(
+            (t for t in enough if t.plan.batch == least), key=lambda t: (t.worth.tokens_per_s, -t.worth.ram_bytes)
+        )
+    else:
+        enough = [t for t in fitting if t.worth.tokens_per_s >= KEPT_THROUGHPUT * fastest]
+        best = min(enough, key=lambda t: (cost(objective, t.worth), -t.worth.tokens_per_s))
+    return Found(plan=best.plan, worth=best.worth, trials=tried, study=study)
+
+
+def cost(objective: Objective, worth: Worth) -> float:
+    """What the objective wants least of."""
+    if objective == "ram":
+        return worth.ram_bytes
+    if objective == "nvme-writes":
+        return worth.nvme_written_bytes_per_token
+    return -worth.tokens_per_s
+
+
+def open_storage(url: str | None) -> object:
+    """An Optuna storage: None (in memory), a database URL, or a journal file (journal:PATH or *.journal)."""
+    import optuna
+
+    if url is None:
+        return None
+    try:
+        if url.startswith("journal:") or url.endswith((".journal", ".log")):
+            from optuna.storages.journal import JournalFileBackend
+
+            path = url.removeprefix("journal:")
+            return optuna.storages.JournalStorage(
+                JournalFileBackend(path if not path.startswith("///") else path[2:])
+            )
+        return optuna.storages.get_storage(url)
+    except Exception as error:
+        raise SlidetuneError(
+            f"--storage {url!r} cannot be opened: {error}",
+            "Give a database URL such as sqlite:///study.db or postgresql://user@host/db, or journal:study.journal.",
+        ) from error
+
+
+class _Search:
+    def __init__(
+        self,
+        space: Space,
+        evaluator: Evaluator,
+        trials: int,
+        objective: Objective,
+        seed: int,
+        storage: str | None,
+        study_name: str,
+        progress: Callable[[int, int, float], None] | None,
+    ) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.optuna = optuna
+        self.space, self.evaluator, self.wanted = space, evaluator, trials
+        self.objective, self.shared, self.progress = objective, storage is not None, progress
+        self.random = random.Random(seed)
+        self.study = optuna.create_study(
+            study_name=study_name,
+            storage=open_storage(storage),
+            load_if_exists=True,
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=20, n_ei_candidates=16),
+        )
+        # Axes of one value are no choice: the sampler needn't know of them.
+        self.open_axes = [(i, a.name) for i, a in enumerate(space.axes) if len(a.values) > 1]
+        self.distributions = {
+            name: optuna.distributions.IntDistribution(0, len(space.axes[i].values) - 1)
+            for i, name in self.open_axes
+        }
+        self.tried: dict[Point, Trial] = {}
+        self.points: dict[Plan, Point] = {}
+
+    def run(self) -> Found | None:
+        for point in starting_points(self.space, self.evaluator):
+            if self.evaluator.simulated >= self.wanted * _EXPERT_SHARE:
+                break
+            self._try(point, "expert")
+        left = self.wanted - self.evaluator.simulated
+        sampled = fruitless = 0
+        while self.evaluator.simulated < self.wanted and fruitless < _PATIENCE:
+            before = self.evaluator.simulated
+            if sampled < left * _SAMPLER_SHARE:
+                self._run_trial("sampler")
+                sampled += 1
+            for point in self._near_the_best(2) or self._anywhere(2):
+                if self.evaluator.simulated < self.wanted:
+                    self._try(point, "neighbour")
+            fruitless = 0 if self.evaluator.simulated > before else fruitless + 1
+        return choose(self._all_trials(), self.objective, self.study)
+
+    # ---- proposals ----------------------------------------------------------------------------------------
+
+    def _near_the_best(self, count: int) -> list[Point]:
+        """Untried points that fit, a step from the plan the objective prefers or from the fastest one."""
+        found: list[Point] = []
+        fastest = choose(list(self.tried.values()), "fastest", None)
+        preferred = choose(list(self.tried.values()), self.objective, None)
+        for best in (preferred, fastest):
+            if best is None:
+                continue
+            for point in self.space.neighbours(self.points[best.plan]):
+                if len(found) == count:
+                    return found
+                if self._untried(point) and point not in found:
+                    found.append(point)
+        return found
+
+    def _anywhere(self, count: int) -> list[Point]:
+        """Untried points that fit, at random."""
+        found: list[Point] = []
+        for _ in range(40 * count):
+            point = tuple(self.random.randrange(len(axis.values)) for axis in self.space.axes)
+            if len(found) < count and self._untried(point):
+                found.append(point)
+        return found
+
+    def _untried(self, point: Point) -> bool:
+        plan = self.space.plan(point)
+        return plan not in self.points and self.evaluator.fits(plan)
+
+    # ---- trials -------------------------------------------------------------------------------------------
+
+    def _try(self, point: Point, origin: str) -> None:
+        self.study.enqueue_trial({name: point[i] for i, name in self.open_axes})
+        self._run_trial(origin)
+
+    def _run_trial(self, origin: str) -> None:
+        """Ask for a trial, and tell what it is worth or by how much it doesn't fit."""
+        trial = self.study.ask(self.distributions)
+        point = tuple(trial.params.get(axis.name, 0) for axis in self.space.axes)
+        plan = self.space.plan(point)
+        for tier, overflow in self.evaluator.overflow(plan).items():
+            trial.set_constraint(f"{tier} overflow", overflow)
+        trial.set_user_attr("origin", origin)
+        trial.set_user_attr("plan", knobs(plan))
+        if self.evaluator.fits(plan):
+            worth = self.evaluator.worth(plan)
+            trial.set_user_attr("worth", dataclasses.asdict(worth))
+            self.study.tell(trial, worth.tokens_per_s)
+        else:
+            worth = None
+            self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
+        self.tried.setdefault(point, Trial(trial.number, origin, plan, worth))
+        self.points.setdefault(plan, point)
+        if self.progress:
+            best = max((t.worth.tokens_per_s for t in self.tried.values() if t.worth), default=0.0)
+            self.progress(min(self.evaluator.simulated, self.wanted), self.wanted, best)
+
+    def _all_trials(self) -> list[Trial]:
+        """Every finished trial of the study, those of other processes included."""
+        if not self.shared:
+            return list(self.tried.values())
+        found = []
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state.is_finished() and "plan" in trial.user_attrs:
+                point = tuple(trial.params.get(axis.name, 0) for axis in self.space.axes)
+                worth = trial.user_attrs.get("worth")
+                found.append(
+                    Trial(
+                        trial.number,
+                        trial.user_attrs["origin"],
+                        self.space.plan(point),
+                        Worth(**worth) if worth else None,
+                    )
+                )
+        return found
