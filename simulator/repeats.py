@@ -12,7 +12,8 @@ from bisect import bisect_right
 
 from slidetune.schedule import Schedule
 
-MAX_PERIOD = 8
+# Layers after which a pattern may repeat: what spreading a share of the layers evenly, and mixed attention, make.
+_LAYER_PERIODS = (1, 2, 3, 4, 6, 8)
 
 
 class Repeats:
@@ -30,7 +31,7 @@ class Repeats:
         position = [0] * len(lane_index)
         signatures: list[int] = []
         ends = (*visits[1:], len(tasks))
-        turn = visits[count // 2]
+        turn = visits[count // 2] if count else 0
         for visit, (start, end) in enumerate(zip(visits, ends, strict=True)):
             self.base.append(tuple(position))
             near = turn if start > turn else 0
@@ -50,7 +51,8 @@ class Repeats:
         self._columns = [[base[lane] for base in self.base] for lane in range(len(lane_index))]
         self.run_end: dict[int, list[int]] = {}
         """Per period p, per visit, the last visit up to which each equals the one p before it."""
-        for period in range(1, MAX_PERIOD + 1):
+        # One micro-batch after the other within a layer, or one layer after the other.
+        for period in sorted({1, *(n * schedule.visits_per_layer for n in _LAYER_PERIODS)}):
             ends_at = [0] * count
             for visit in range(count - 1, period - 1, -1):
                 if signatures[visit] == signatures[visit - period]:

@@ -5,6 +5,8 @@ The builder hands out the slots of these pools; the runtime allocates them; the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from slidetune.model import (
     BF16_BYTES,
     FP32_BYTES,
@@ -36,27 +38,20 @@ def gradient_bytes(plan: Plan) -> int:
 
 def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
     """All pools of all tiers, empty ones left out. What never changes hands is a pool of one slot."""
-    placed = list(zip(model.layers, place_layers(plan, len(model.layers)), strict=True))
-    resident = [u for u, p in placed if p.resident]
-    by_cpu = [u for u, p in placed if not p.resident]
-    staying = [u for u, p in placed if p.weights == "gpu" and not p.resident]
-    sliding = [u for u, p in placed if p.weights != "gpu"]
-    on_nvme = [u for u, p in placed if p.optimizer == "nvme"]
-    whole_on_nvme = [u for u, p in placed if p.weights == "nvme"]
-
+    held = _held_params(model, plan)
     micro_batches = plan.accumulation
     hidden = model.hidden_bytes(plan.micro_batch, plan.seq_len)
     inner = max(u.kernels(kernels).saved_bytes for u in model.layers) * plan.micro_batch * plan.seq_len
     largest = max(u.params for u in model.layers)
     chunk = min(chunk_params(plan), max(largest, model.head.weight_elements))
     vocab = model.embedding.params + model.head.params
-    saved_in_ram = len(placed) - plan.activations.gpu - plan.activations.nvme
+    saved_in_ram = len(model.layers) - plan.activations.gpu - plan.activations.nvme
     deferred = plan.update == "forward"
-    state_bytes = STATE_BYTES_PER_PARAM if whole_on_nvme else OPTIMIZER_BYTES_PER_PARAM
+    state_bytes = STATE_BYTES_PER_PARAM if held.whole_on_nvme else OPTIMIZER_BYTES_PER_PARAM
 
     gpu = [
-        ("weights", min(plan.window, len(sliding)), BF16_BYTES * _largest(sliding)),
-        ("gradients", min(GRADIENT_SLOTS, len(placed)), gradient_bytes(plan) * largest),
+        ("weights", min(plan.window, held.sliding_layers), BF16_BYTES * held.largest_sliding),
+        ("gradients", min(GRADIENT_SLOTS, len(model.layers)), gradient_bytes(plan) * largest),
         ("head weights", 1, BF16_BYTES * model.head.weight_elements),
         # The chunked loss adds the head's gradient up over token chunks: always fp32.
         ("head gradient", 1, FP32_BYTES * model.head.weight_elements),
@@ -65,33 +60,33 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("saved inputs", plan.activations.gpu * micro_batches, hidden),
         ("kept activations", plan.recompute.keep * micro_batches, inner),
         ("activations in transit", LOAD_SLOTS if plan.recompute.offload else 0, inner),
-        ("resident layers", 1, STATE_BYTES_PER_PARAM * _params(resident)),
-        ("resident weights", 1, BF16_BYTES * _params(staying)),
-        ("resident gradients", 1 if deferred else 0, BF16_BYTES * _params(resident)),
+        ("resident layers", 1, STATE_BYTES_PER_PARAM * held.resident),
+        ("resident weights", 1, BF16_BYTES * held.staying),
+        ("resident gradients", 1 if deferred else 0, BF16_BYTES * held.resident),
     ]
     page_locked = [
         (
             "weights (bf16)",
             1,
-            BF16_BYTES * (_params(by_cpu) - _params(whole_on_nvme) + vocab),
+            BF16_BYTES * (held.by_cpu - held.whole_on_nvme + vocab),
         ),
-        ("all gradients", 1 if deferred else 0, BF16_BYTES * (_params(by_cpu) + vocab)),
+        ("all gradients", 1 if deferred else 0, BF16_BYTES * (held.by_cpu + vocab)),
         ("gradient ring", 0 if deferred else -(-largest // chunk) + 2, BF16_BYTES * chunk),
         # A tied matrix gets its gradient twice, from the head and from the rows: it waits here in between.
         ("tied gradient", 0 if deferred or not model.tied else 1, BF16_BYTES * model.embedding.params),
         ("embedding rows", 2, micro_batches * hidden),
         ("saved inputs (RAM)", saved_in_ram * micro_batches, hidden),
         ("inner activations (RAM)", plan.recompute.offload * micro_batches, inner),
-        ("weight staging", 2 if whole_on_nvme else 0, BF16_BYTES * largest),
+        ("weight staging", 2 if held.whole_on_nvme else 0, BF16_BYTES * largest),
         ("input staging", micro_batches + 2 if plan.activations.nvme else 0, hidden),
     ]
     pageable = [
-        ("optimizer state", 1, OPTIMIZER_BYTES_PER_PARAM * (_params(by_cpu) - _params(on_nvme) + vocab)),
-        ("state staging", STATE_STAGING_SLOTS if on_nvme else 0, state_bytes * min(chunk, largest)),
+        ("optimizer state", 1, OPTIMIZER_BYTES_PER_PARAM * (held.by_cpu - held.on_nvme + vocab)),
+        ("state staging", STATE_STAGING_SLOTS if held.on_nvme else 0, state_bytes * min(chunk, largest)),
     ]
     nvme = [
-        ("optimizer state (NVMe)", 1, OPTIMIZER_BYTES_PER_PARAM * _params(on_nvme)),
-        ("weights (NVMe)", 1, BF16_BYTES * _params(whole_on_nvme)),
+        ("optimizer state (NVMe)", 1, OPTIMIZER_BYTES_PER_PARAM * held.on_nvme),
+        ("weights (NVMe)", 1, BF16_BYTES * held.whole_on_nvme),
         ("saved inputs (NVMe)", plan.activations.nvme * micro_batches, hidden),
     ]
     return [
@@ -134,11 +129,11 @@ def head_working_bytes(model: ModelSpec, plan: Plan, kernels: str) -> int:
 
 def working_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> int:
     """The largest working set of any GPU task of the plan."""
-    placed = zip(model.layers, place_layers(plan, len(model.layers)), strict=True)
-    # Layers of one kind share a figure; a set keeps the arithmetic short for deep models.
+    recomputing = len(model.layers) - plan.recompute.keep - plan.recompute.offload
+    # Layers of one kind share a figure; a dictionary keeps the arithmetic short for deep models.
     kinds = {
-        (u.kernels(kernels), u.largest_tensor, p.inner == "recompute"): (u, p.inner == "recompute")
-        for u, p in placed
+        (id(u.kernels(kernels)), u.largest_tensor, i < recomputing): (u, i < recomputing)
+        for i, u in enumerate(model.layers)
     }
     return max(
         head_working_bytes(model, plan, kernels),
@@ -155,9 +150,34 @@ def peak_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> dict[str
     return total
 
 
-def _params(units: list[Unit]) -> int:
-    return sum(u.params for u in units)
+@dataclass(slots=True)
+class _HeldParams:
+    """Parameters of the layers by where a plan keeps them."""
+
+    resident: int = 0
+    by_cpu: int = 0
+    staying: int = 0
+    on_nvme: int = 0
+    whole_on_nvme: int = 0
+    sliding_layers: int = 0
+    largest_sliding: int = 0
 
 
-def _largest(units: list[Unit]) -> int:
-    return max((u.params for u in units), default=0)
+def _held_params(model: ModelSpec, plan: Plan) -> _HeldParams:
+    held = _HeldParams()
+    for unit, place in zip(model.layers, place_layers(plan, len(model.layers)), strict=True):
+        params = unit.params
+        if place.resident:
+            held.resident += params
+            continue
+        held.by_cpu += params
+        if place.weights == "gpu":
+            held.staying += params
+        else:
+            held.sliding_layers += 1
+            held.largest_sliding = max(held.largest_sliding, params)
+        if place.optimizer == "nvme":
+            held.on_nvme += params
+        if place.weights == "nvme":
+            held.whole_on_nvme += params
+    return held

@@ -160,6 +160,8 @@ class _Step:
             working_bytes=buffers.forward_working_bytes(unit, plan, self.kernels),
         )
         for m in self.micro_batches:
+            if m:
+                self._visit()
             source, held = self.inputs[i, m]
             target = self._take("saved inputs" if self._saved_on_gpu(i + 1) else "hidden states")
             inner = self._take_inner(place)
@@ -237,6 +239,8 @@ class _Step:
         )
         held = None
         for m in self.micro_batches:
+            if m:
+                self._visit()
             if i > 0:
                 self._read_input(i - 1, m)
             self._load_ahead(i, m)
@@ -591,4 +595,5 @@ class _Step:
             holds=tuple(self.holds),
             tokens=self.plan.tokens,
             visits=tuple(self.visits),
+            visits_per_layer=self.plan.accumulation,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from slidetune.errors import SlidetuneError
 from slidetune.model import ModelSpec
@@ -179,8 +179,7 @@ def check(plan: Plan, model: ModelSpec) -> None:
         raise SlidetuneError(f"this plan cannot be built for {model.name}: " + " ".join(found))
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """What a plan decides about one layer. Tiers are "gpu", "ram" or "nvme"."""
 
     resident: bool

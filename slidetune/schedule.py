@@ -100,7 +100,10 @@ class Schedule:
     tokens: int
     """Tokens an optimizer step."""
     visits: tuple[int, ...] = ()
-    """Index of the first task of each visit of a unit: where a repeating state may be recognised."""
+    """Index of the first task of each visit, one a unit and micro-batch: where the simulator looks for a
+    repeating state."""
+    visits_per_layer: int = 1
+    """Visits after which the next layer is at the same point."""
 
     def lane_tasks(self) -> dict[str, list[int]]:
         """Task indices of every lane, in the order it runs them."""

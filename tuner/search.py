@@ -8,6 +8,7 @@ matter of single steps.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -220,19 +221,14 @@ class _Search:
     # ---- proposals ----------------------------------------------------------------------------------------
 
     def _near_the_best(self, count: int) -> list[Point]:
-        """Untried points that fit, a step from the plan the objective prefers or from the fastest one."""
-        found: list[Point] = []
+        """Untried points that fit, a step or two from the plan the objective prefers or from the fastest."""
         fastest = choose(list(self.tried.values()), "fastest", None)
         preferred = choose(list(self.tried.values()), self.objective, None)
-        for best in (preferred, fastest):
-            if best is None:
-                continue
-            for point in self.space.neighbours(self.points[best.plan]):
-                if len(found) == count:
-                    return found
-                if self._untried(point) and point not in found:
-                    found.append(point)
-        return found
+        centres = [self.points[best.plan] for best in (preferred, fastest) if best]
+        near = itertools.chain.from_iterable(map(self.space.neighbours, centres))
+        further = (q for p in centres for n in self.space.neighbours(p) for q in self.space.neighbours(n))
+        found = dict.fromkeys(itertools.islice(filter(self._untried, itertools.chain(near, further)), count))
+        return list(found)
 
     def _anywhere(self, count: int) -> list[Point]:
         """Untried points that fit, at random."""
@@ -260,14 +256,15 @@ class _Search:
         plan = self.space.plan(point)
         for tier, overflow in self.evaluator.overflow(plan).items():
             trial.set_constraint(f"{tier} overflow", overflow)
-        trial.set_user_attr("origin", origin)
-        trial.set_user_attr("plan", knobs(plan))
-        if self.evaluator.fits(plan):
-            worth = self.evaluator.worth(plan)
-            trial.set_user_attr("worth", dataclasses.asdict(worth))
+        worth = self.evaluator.worth(plan) if self.evaluator.fits(plan) else None
+        if self.shared:
+            # For those who share the study: what the trial was, in full.
+            trial.set_user_attr("origin", origin)
+            trial.set_user_attr("plan", knobs(plan))
+            trial.set_user_attr("worth", dataclasses.asdict(worth) if worth else None)
+        if worth:
             self.study.tell(trial, worth.tokens_per_s)
         else:
-            worth = None
             self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
         self.tried.setdefault(point, Trial(trial.number, origin, plan, worth))
         self.points.setdefault(plan, point)

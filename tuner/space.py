@@ -129,7 +129,7 @@ def full_space(model: ModelSpec, profile: HardwareProfile, base: Plan, batch: in
         most = max(1, MAX_STEP_TOKENS // base.seq_len)
         sequences = (
             Axis("micro_batch", tuple(n for n in _SEQUENCES if n <= min(64, most))),
-            Axis("accumulation", tuple(n for n in _SEQUENCES if n <= most)),
+            Axis("accumulation", tuple(n for n in _SEQUENCES if n <= min(32, most))),
         )
     updates = ("forward",) if base.clip_norm is not None else ("backward", "forward")
     return Space(
