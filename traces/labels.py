@@ -1,0 +1,48 @@
+"""What things are called, the same in every picture, page and trace."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE
+
+if TYPE_CHECKING:
+    from slidetune.schedule import Schedule
+
+LANE_LABELS = {
+    GPU: "GPU",
+    H2D: "uploads",
+    D2H: "downloads",
+    CPU_ADAM: "CPU",
+    NVME_READ: "NVMe reads",
+    NVME_WRITE: "NVMe writes",
+}
+
+TIER_LABELS = {"gpu": "GPU memory", "ram": "RAM", "nvme": "NVMe"}
+
+
+def lane_label(lane: str) -> str:
+    return LANE_LABELS.get(lane, lane)
+
+
+def head_unit(schedule: Schedule) -> int:
+    """Index of the unit after the last layer."""
+    return max((task.unit for task in schedule.tasks), default=0)
+
+
+def unit_label(unit: int, head: int) -> str:
+    """embedding, layer 12, head."""
+    if unit < 0:
+        return ""
+    return "embedding" if unit == 0 else "head" if unit == head else f"layer {unit}"
+
+
+def task_label(op: str, unit: int, micro_batch: int, chunk: int, head: int) -> str:
+    """One task in words: "backward layer 12 mb 3", "adam layer 5 chunk 2", "head mb 0"."""
+    where = unit_label(unit, head)
+    words = [op] if where == op else [op, where]
+    if micro_batch >= 0:
+        words.append(f"mb {micro_batch}")
+    if chunk >= 0:
+        words.append(f"chunk {chunk}")
+    return " ".join(word for word in words if word)
