@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE
@@ -35,6 +36,11 @@ def unit_label(unit: int, head: int) -> str:
     if unit < 0:
         return ""
     return "embedding" if unit == 0 else "head" if unit == head else f"layer {unit}"
+
+
+def in_words(text: str, head: int) -> str:
+    """A sentence that names units by number, with their names: "backward of unit 12", "... of layer 12"."""
+    return re.sub(r"\bunit (\d+)", lambda match: unit_label(int(match[1]), head), text)
 
 
 def task_label(op: str, unit: int, micro_batch: int, chunk: int, head: int) -> str:
