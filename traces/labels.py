@@ -40,7 +40,8 @@ def unit_label(unit: int, head: int) -> str:
 
 def in_words(text: str, head: int) -> str:
     """A sentence that names units by number, with their names: "backward of unit 12", "... of layer 12"."""
-    return re.sub(r"\bunit (\d+)", lambda match: unit_label(int(match[1]), head), text)
+    words = re.sub(r"\bunit (\d+)", lambda match: unit_label(int(match[1]), head), text)
+    return "head" if words == "head of head" else words
 
 
 def task_label(op: str, unit: int, micro_batch: int, chunk: int, head: int) -> str:
@@ -52,3 +53,8 @@ def task_label(op: str, unit: int, micro_batch: int, chunk: int, head: int) -> s
     if chunk >= 0:
         words.append(f"chunk {chunk}")
     return " ".join(word for word in words if word)
+
+
+def percent(share: float) -> str:
+    """37%, and <1% for the little that would round to nothing."""
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"

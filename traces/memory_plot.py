@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from slidetune.traces import style
-from slidetune.traces.labels import TIER_LABELS, head_unit, in_words
+from slidetune.traces.labels import TIER_LABELS, head_unit, in_words, percent
 
 from slidetune.units import GIB
 
@@ -82,7 +82,7 @@ def _panel(ax: Axes, name: str, tier: Any, step_s: float, head: int) -> None:
     style.plain_axes(ax, grid="y")
     ax.set_xlim(0, step_s)
     ax.set_ylabel("GiB", fontsize=style.TEXT, color=style.INK)
-    share = f" ({peak / capacity:.0%})" if capacity else ""
+    share = f" ({percent(peak / capacity)})" if capacity else ""
     style.title(ax, f"{TIER_LABELS.get(name, name)}: peak {peak:,.1f} of {capacity:,.1f} GiB{share}")
     # In the order of the stack, the line of what there is on top.
     ax.legend(

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from slidetune.traces import style
+from slidetune.traces.labels import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,8 +22,8 @@ _NOTE = "Dots: the best plan of each batch. Shaded: out of reach, since one reso
 _FINENESS = 24
 
 _BOUND_COLOURS = ("#332288", "#cc6677", "#117733", "#999933", "#aa4499", "#44aa99", "#882255", "#88ccee")
-_ORIGIN_COLOURS = {"heuristic": "#cc6677", "sampler": "#88ccee"}
-_FURTHER_COLOURS = ("#44aa99", "#ddcc77", "#aa4499", "#999933")
+_ORIGIN_COLOURS = {"heuristic": "#cc6677", "expert": "#cc6677", "sampler": "#88ccee", "neighbour": "#44aa99"}
+_FURTHER_COLOURS = ("#ddcc77", "#aa4499", "#999933")
 
 
 def throughput_by_batch(points: Points, chosen: tuple[float, float], bounds: Mapping[str, Points]) -> Figure:
@@ -155,7 +156,7 @@ def _name_lines(ax: Axes, curves: Mapping[str, Points], colours: Mapping[str, st
 def study_history(trials: Iterable[Mapping[str, Any]]) -> Figure:
     """Every trial in the order tried, tokens/s, with the best so far; plans that don't fit along the bottom.
 
-    A trial has "number", "value" (tokens/s or None), "feasible" and "origin" ("heuristic", "sampler", ...).
+    A trial has "number", "value" (tokens/s or None), "feasible" and "origin" ("expert", "sampler", ...).
     """
     trials = sorted(trials, key=lambda trial: trial["number"])
     good = [trial for trial in trials if trial["feasible"] and trial["value"] is not None]
@@ -211,7 +212,8 @@ def study_history(trials: Iterable[Mapping[str, Any]]) -> Figure:
     ax.set_xlabel("trial", fontsize=style.TEXT, color=style.INK)
     ax.set_ylabel("tokens/s", fontsize=style.TEXT, color=style.INK)
     style.title(ax, "The search")
-    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=style.SMALL)
+    if trials:
+        figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=style.SMALL)
     return figure
 
 
@@ -233,7 +235,7 @@ def knob_importance(importances: Mapping[str, float]) -> Figure:
     ax.barh([name for name, _ in ranked], [share for _, share in ranked], height=0.65, color="#44aa99")
     for place, (_, share) in enumerate(ranked):
         ax.annotate(
-            f"{share:.0%}" if share >= 0.005 else "<1%",
+            percent(share),
             (share, place),
             xytext=(4, 0),
             textcoords="offset points",
