@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from slidetune.schedule import Schedule
 from slidetune.simulator.engine import Executed, Run
+
+from slidetune.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,10 +15,10 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import simpy
-
-from slidetune.schedule import GPU, Schedule
 from slidetune.simulator.pricing import PriceList
 from slidetune.simulator.repeats import Repeats
+
+from slidetune.schedule import GPU, Schedule
 
 # Steps simulated at most. The second is nearly always the steady state.
 MAX_STEPS = 8
@@ -292,10 +292,7 @@ class Engine:
         ):
             if position != position2 or klass != klass2:
                 return False
-            if (
-                klass
-                and abs(remaining - remaining2) > _SAME_REMAINING * lane.prices[position % lane.count][0]
-            ):
+            if klass and abs(remaining - remaining2) > _SAME_REMAINING * lane.prices[position % lane.count][0]:
                 return False
         return True
 
@@ -316,9 +313,9 @@ class Engine:
         for period in self._repeats.run_end:
             earlier = self._states.get(visit - period)
             if earlier and self._recurs(state, earlier[1], visit, period):
-                times = self._times(step, offsets, visit, period)
+                times = self._times(step, offsets, visit, period, earlier[1])
                 if times > 0:
-                    self._skip(times, visit, period, self.env.now - earlier[0])
+                    self._skip(times, visit, period, self.env.now - earlier[0], earlier[1])
                     return
 
     def _recurs(self, state: tuple, earlier: tuple, visit: int, period: int) -> bool:
@@ -327,13 +324,14 @@ class Engine:
             moves = base[lane.index] != base_before[lane.index]
             if now[1] != before[1] if moves else now[0] != before[0]:
                 return False
-            if now[2] != before[2] or (now[2] and not moves):
+            if now[2] != before[2]:
                 return False
-            if now[2] and abs(now[3] - before[3]) > _SAME_REMAINING * lane.prices[now[0] % lane.count][0]:
+            # A task running all the while on a lane that stands still only has less left of it.
+            if now[2] and moves and abs(now[3] - before[3]) > _SAME_REMAINING * lane.prices[now[0] % lane.count][0]:
                 return False
         return True
 
-    def _times(self, step: int, offsets: list[int], visit: int, period: int) -> int:
+    def _times(self, step: int, offsets: list[int], visit: int, period: int, earlier: tuple) -> int:
         """How many periods may be skipped: the visits they touch all repeat, and wait for nothing else."""
         repeats = self._repeats
         base, base_before = repeats.base[visit], repeats.base[visit - period]
@@ -350,31 +348,39 @@ class Engine:
         times = (repeats.run_end[period][low] - high) // period
         if times <= 0:
             return 0
-        for lane in self.lanes:
-            # A lane that stands still must stay blocked all the while.
-            if not moves[lane.index]:
+        for lane, before in zip(self.lanes, earlier, strict=True):
+            if not moves[lane.index] and lane.klass:
+                # It must not come to its task's end.
+                done = before[3] - lane.remaining
+                times = min(times, int(lane.remaining / done) - 1 if done > 0 else 0)
+            elif not moves[lane.index]:
+                # It must stay blocked.
                 blocker = self._blocker(lane)
                 if blocker is None:
                     return 0
                 other, target = blocker
                 if other.position + times * moves[other.index] > target:
                     return 0
+        if times <= 0:
+            return 0
         for touched in range(low, high + times * period + 1):
-            if any(self._pending(dep, step) for dep in repeats.distant[touched]):
-                return 0
-            if any(self._pending(dep, step - 1) for dep in repeats.previous[touched]):
-                return 0
+            if any(self._pending(dep, step) for dep in repeats.distant[touched]) or any(
+                self._pending(dep, step - 1) for dep in repeats.previous[touched]
+            ):
+                # Skip only up to the first visit that has something else to wait for.
+                return max(0, (touched - 1 - high) // period)
         return times
 
     def _pending(self, task: int, step: int) -> bool:
         lane, position = self._place[task]
         return lane.position <= step * lane.count + position
 
-    def _skip(self, times: int, visit: int, period: int, seconds: float) -> None:
-        moves = [
-            times * (b - a)
-            for a, b in zip(self._repeats.base[visit - period], self._repeats.base[visit], strict=True)
-        ]
+    def _skip(self, times: int, visit: int, period: int, seconds: float, earlier: tuple) -> None:
+        base, base_before = self._repeats.base[visit], self._repeats.base[visit - period]
+        moves = [times * (after - before) for before, after in zip(base_before, base, strict=True)]
+        for lane, before in zip(self.lanes, earlier, strict=True):
+            if lane.klass and not moves[lane.index]:
+                lane.remaining -= times * (before[3] - lane.remaining)
         for lane in self.lanes:
             lane.position += moves[lane.index]
             # What a moved lane waits for has moved with it; a lane that stood still waits for the same task.
@@ -382,6 +388,7 @@ class Engine:
                 lane.awaited[0] += moves[lane.awaited[2].index]
         self.skipped_s += times * seconds
         self._states.clear()
+        self._reckon_soon()
 
 
 def simulate(schedule: Schedule, prices: PriceList, *, record: bool = False) -> Run:

@@ -40,9 +40,7 @@ class TierMemory:
         return dict(sorted(owners.items(), key=lambda item: -item[1]))
 
 
-def tier_memory(
-    schedule: Schedule, rows: list[TraceRow], step_s: float, tier: str, capacity_bytes: int
-) -> TierMemory:
+def tier_memory(schedule: Schedule, rows: list[TraceRow], step_s: float, tier: str, capacity_bytes: int) -> TierMemory:
     """The tier's memory over the steady step that `rows` trace (every task of the schedule once).
 
     Times are taken modulo the step, since what one step leaves unfinished the one before left too.

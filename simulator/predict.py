@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slidetune.builder import ADAM_BYTES_PER_PARAM
-from slidetune.hardware import HardwareProfile
-from slidetune.schedule import CPU_ADAM, GPU, NVME_READ, NVME_WRITE, TIERS, Schedule
 from slidetune.simulator.bottleneck import LaneShare, critical_path, lane_shares, steady
 from slidetune.simulator.bounds import LANE_NAMES, bounds_s
 from slidetune.simulator.engine import simulate
 from slidetune.simulator.memory import TierMemory, tier_memory
 from slidetune.simulator.pricing import PriceList
+
+from slidetune.builder import ADAM_BYTES_PER_PARAM
+from slidetune.hardware import HardwareProfile
+from slidetune.schedule import CPU_ADAM, GPU, NVME_READ, NVME_WRITE, TIERS, Schedule
 from slidetune.trace import TraceRow
 
 # A lane whose tasks take this much longer than alone is held back by what it shares.
@@ -62,8 +63,7 @@ class Prediction:
         if lane in (NVME_READ, NVME_WRITE):
             return "NVMe drive (reads and writes together)" if contended else LANE_NAMES[lane]
         dram_bound = lane == CPU_ADAM and (
-            host.cores.value * host.adam_gparams_per_core.value * 1e9 * ADAM_BYTES_PER_PARAM
-            > host.dram_bytes_per_s
+            host.cores.value * host.adam_gparams_per_core.value * 1e9 * ADAM_BYTES_PER_PARAM > host.dram_bytes_per_s
         )
         if lane != GPU and (dram_bound or contended):
             return f"{LANE_NAMES[lane]} (host DRAM)"
@@ -107,9 +107,6 @@ def predict(schedule: Schedule, profile: HardwareProfile, prices: PriceList | No
         bounds_s=bounds_s(schedule, prices),
         lanes=lane_shares(schedule, run, alone),
         critical_s=dict(sorted(critical.items(), key=lambda item: -item[1])),
-        memory={
-            tier: tier_memory(schedule, rows, run.step_s, tier, profile.capacity_bytes(tier))
-            for tier in TIERS
-        },
+        memory={tier: tier_memory(schedule, rows, run.step_s, tier, profile.capacity_bytes(tier)) for tier in TIERS},
         trace=sorted(rows, key=lambda row: (row.start_s, row.task)),
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slidetune.simulator.sharing import Demand, fair_speeds
+
 from slidetune.hardware import HardwareProfile
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, Work
-from slidetune.simulator.sharing import Demand, fair_speeds
 from slidetune.units import GB
 
 # Launching and computing overlap but for their ends: a smooth maximum of the two. With exponent 4 it stays
@@ -128,14 +129,10 @@ class PriceList:
 
     def _read(self, work: Work) -> Price:
         # A read lands in DRAM as a download does, a write leaves it as an upload does.
-        return self._drive(
-            work, self.profile.nvme.read_gbs.value, self.profile.host.download_dram_weight.value
-        )
+        return self._drive(work, self.profile.nvme.read_gbs.value, self.profile.host.download_dram_weight.value)
 
     def _write(self, work: Work) -> Price:
-        return self._drive(
-            work, self.profile.nvme.write_gbs.value, self.profile.host.upload_dram_weight.value
-        )
+        return self._drive(work, self.profile.nvme.write_gbs.value, self.profile.host.upload_dram_weight.value)
 
     def _drive(self, work: Work, gbs: float, dram_weight: float) -> Price:
         host = self.profile.host

@@ -361,14 +361,10 @@ class _Step:
         """Send layer i's input down to RAM, and on to NVMe if it lives there."""
         unit, tier = self.layers[i], self.placements[i].saved_input
         target = self._take("input staging" if tier == "nvme" else "saved inputs (RAM)")
-        save = self._emit(
-            self._work("save", D2H, bytes=self.hidden_bytes), unit.index, (source, *target[2]), m
-        )
+        save = self._emit(self._work("save", D2H, bytes=self.hidden_bytes), unit.index, (source, *target[2]), m)
         held = self._own(target, save)
         if tier == "nvme":
-            write = self._emit(
-                self._work("write input", NVME_WRITE, bytes=self.hidden_bytes), unit.index, (save,), m
-            )
+            write = self._emit(self._work("write input", NVME_WRITE, bytes=self.hidden_bytes), unit.index, (save,), m)
             self._release(held, write)
             self.staged[i, m] = (write, held)
         else:
@@ -473,9 +469,7 @@ class _Step:
             if chunk == 0:
                 self._await_previous(task, "norm")
 
-    def _adam(
-        self, unit: Unit, place: Placement | None, chunk: int, params: int, after: tuple[int, ...]
-    ) -> int:
+    def _adam(self, unit: Unit, place: Placement | None, chunk: int, params: int, after: tuple[int, ...]) -> int:
         """Update one chunk on the CPU; state on NVMe is read before and written back after."""
         on_nvme = place is not None and place.optimizer == "nvme"
         staging = None
@@ -509,9 +503,7 @@ class _Step:
             "adam", CPU_ADAM, params=params, param_bytes=ADAM_BYTES_PER_PARAM, threads=self.plan.adam_threads
         )
 
-    def _update_embedding(
-        self, share: float, part: str, after: tuple[int, ...] = (), await_norm: bool = False
-    ) -> None:
+    def _update_embedding(self, share: float, part: str, after: tuple[int, ...] = (), await_norm: bool = False) -> None:
         """Adam on a share of the embedding's rows: those the step reads, or the rest."""
         task = -1
         for chunk, params in enumerate(self._chunks(round(share * self.model.embedding.params))):
@@ -522,9 +514,7 @@ class _Step:
 
     def _update_on_gpu(self, unit: Unit, after: tuple[int, ...] = (), await_norm: bool = False) -> int:
         """The GPU's fused Adam on a resident layer."""
-        work = self._work(
-            "adam", GPU, traffic_bytes=ADAM_BYTES_PER_PARAM * unit.params, launches=1, params=unit.params
-        )
+        work = self._work("adam", GPU, traffic_bytes=ADAM_BYTES_PER_PARAM * unit.params, launches=1, params=unit.params)
         task = self._emit(work, unit.index, after)
         if await_norm:
             self._await_previous(task, "norm")
@@ -552,9 +542,7 @@ class _Step:
             work = self.works[key] = Work(op=op, lane=lane, **amounts)  # type: ignore[arg-type]
         return work
 
-    def _emit(
-        self, work: Work, unit: int, after: tuple[int, ...] = (), micro_batch: int = -1, chunk: int = -1
-    ) -> int:
+    def _emit(self, work: Work, unit: int, after: tuple[int, ...] = (), micro_batch: int = -1, chunk: int = -1) -> int:
         self.tasks.append(Task(work, unit, micro_batch, chunk, after))
         return len(self.tasks) - 1
 

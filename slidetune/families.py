@@ -58,9 +58,7 @@ def _skeleton(
     )
 
 
-def _windowed(
-    f: Fields, shape: LayerShape, window: int | None, sliding: Callable[[int], bool]
-) -> list[LayerShape]:
+def _windowed(f: Fields, shape: LayerShape, window: int | None, sliding: Callable[[int], bool]) -> list[LayerShape]:
     """One shape a layer: `window` holds in the layers `layer_types` names, else in those `sliding` names."""
     depth = f.integer("num_hidden_layers")
     types = f.sequence("layer_types", str, "a list of 'full_attention' and 'sliding_attention', one a layer")
@@ -254,9 +252,7 @@ def _gpt_oss(f: Fields) -> Skeleton:
         router_bias=True,
     )
     window = f.optional("sliding_window", 128)
-    return _skeleton(
-        f, _windowed(f, _routed(f, shape), window, lambda i: bool((i + 1) % 2)), positions=131072
-    )
+    return _skeleton(f, _windowed(f, _routed(f, shape), window, lambda i: bool((i + 1) % 2)), positions=131072)
 
 
 def _gpt2(f: Fields) -> Skeleton:

@@ -61,11 +61,7 @@ def json_schema(type: type) -> dict[str, Any]:
     """JSON schema of the files that `read` takes for `type`, fields described by their docstrings."""
     schema = _adapter(type).json_schema()
     definitions = schema.get("$defs", {})
-    top = (
-        definitions.pop(schema["items"]["$ref"].rsplit("/", 1)[1])
-        if "$ref" in schema["items"]
-        else schema["items"]
-    )
+    top = definitions.pop(schema["items"]["$ref"].rsplit("/", 1)[1]) if "$ref" in schema["items"] else schema["items"]
     return top | ({"$defs": definitions} if definitions else {})
 
 

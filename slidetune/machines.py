@@ -115,9 +115,7 @@ def parse_link(text: str, gpu_name: str = "") -> Link:
             return _link(f"PCIe {generation}.0 x{lanes}", gpu_key(gpu_name) if gpu_name else "")
     if folded in ("nvlinkc2c", "c2c"):
         return _link("NVLink-C2C")
-    raise SlidetuneError(
-        f"--link {text!r} is neither a PCIe generation (3 to 5) and width, nor GB/s.", _LINK_EXAMPLES
-    )
+    raise SlidetuneError(f"--link {text!r} is neither a PCIe generation (3 to 5) and width, nor GB/s.", _LINK_EXAMPLES)
 
 
 def _link(name: str, gpu: str = "") -> Link:
@@ -145,9 +143,7 @@ def _derived_link(name: str) -> Link:
 
     def scaled(figure: Figure) -> Figure:
         value = round(figure.value * factor, 3)
-        return Figure(
-            value, "derived", f"{base.name} ({figure.source}), by the ratio of lanes and lane rates"
-        )
+        return Figure(value, "derived", f"{base.name} ({figure.source}), by the ratio of lanes and lane rates")
 
     rates = {key: scaled(getattr(base, key)) for key in ("h2d_gbs", "d2h_gbs", "duplex_gbs")}
     return Link(name=name, latency_us=base.latency_us, **rates)
@@ -185,9 +181,7 @@ def load_host(name: str) -> Host:
     catalog = _catalog("hosts")
     entry = _host_entry(name)
     fields = {f.name for f in dataclasses.fields(Host)} - {"name"} & entry.keys()
-    return Host(
-        name=name.casefold(), **{field: _figure(entry[field], catalog["sources"]) for field in fields}
-    )
+    return Host(name=name.casefold(), **{field: _figure(entry[field], catalog["sources"]) for field in fields})
 
 
 def preset_nvme(host_name: str) -> Nvme | None:
@@ -249,9 +243,7 @@ def machine(
     if isinstance(nvme, str):
         nvme = preset_nvme(host) if nvme == "preset" else parse_nvme(nvme)
     given = {"ram_gib": ("--ram", ram_gib), "cores": ("--cores", cores), "dram_gbs": ("--dram-bw", dram_gbs)}
-    changes = {
-        field: _given(_positive(flag, value)) for field, (flag, value) in given.items() if value is not None
-    }
+    changes = {field: _given(_positive(flag, value)) for field, (flag, value) in given.items() if value is not None}
     the_host = dataclasses.replace(the_host, **changes)
     if the_host.usable_bytes <= 0:
         raise SlidetuneError(

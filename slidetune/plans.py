@@ -164,8 +164,7 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
         ),
         (plan.clip_norm is not None and not plan.clip_norm > 0, "clip_norm must be above 0."),
         (
-            plan.gpu_memory_gib is not None
-            and not (math.isfinite(plan.gpu_memory_gib) and plan.gpu_memory_gib > 0),
+            plan.gpu_memory_gib is not None and not (math.isfinite(plan.gpu_memory_gib) and plan.gpu_memory_gib > 0),
             "gpu_memory_gib must be above 0.",
         ),
     )
@@ -220,11 +219,7 @@ def place_layers(plan: Plan, layers: int) -> list[Placement]:
             resident=resident[i],
             weights="gpu" if resident[i] or stays[i] else "nvme" if weights_nvme[i] else "ram",
             optimizer="gpu" if resident[i] else "nvme" if optimizer_nvme[i] else "ram",
-            saved_input="gpu"
-            if i >= layers - plan.activations.gpu
-            else "nvme"
-            if i < plan.activations.nvme
-            else "ram",
+            saved_input="gpu" if i >= layers - plan.activations.gpu else "nvme" if i < plan.activations.nvme else "ram",
             inner="keep" if i >= last_kept else "offload" if i >= last_offloaded else "recompute",
         )
         for i in range(layers)

@@ -114,9 +114,7 @@ class Schedule:
 
     def total(self, amount: str, lane: str | None = None) -> float:
         """Sum of one of Work's amounts over the step: `total("bytes", "h2d")`."""
-        return sum(
-            getattr(task.work, amount) for task in self.tasks if lane is None or task.work.lane == lane
-        )
+        return sum(getattr(task.work, amount) for task in self.tasks if lane is None or task.work.lane == lane)
 
     def pools_of(self, tier: str) -> Iterator[Pool]:
         return (pool for pool in self.pools if pool.tier == tier)
@@ -127,6 +125,4 @@ class Schedule:
 
     def peak_bytes(self, tier: str) -> int:
         """What the tier must hold: all its pools, and on the GPU the largest working set."""
-        return sum(pool.bytes for pool in self.pools_of(tier)) + (
-            self.working_bytes() if tier == "gpu" else 0
-        )
+        return sum(pool.bytes for pool in self.pools_of(tier)) + (self.working_bytes() if tier == "gpu" else 0)

@@ -49,7 +49,13 @@ def power_of_two(size: int) -> int:
 
 class _Step:
     def __init__(self, model: ModelSpec, batch: int, seq_len: int, threads: int, kernels: str) -> None:
-        self.model, self.batch, self.seq_len, self.threads, self.kernels = model, batch, seq_len, threads, kernels
+        self.model, self.batch, self.seq_len, self.threads, self.kernels = (
+            model,
+            batch,
+            seq_len,
+            threads,
+            kernels,
+        )
         self.tokens = batch * seq_len
         self.hidden_bytes = model.hidden_bytes(batch, seq_len)
         self.tasks: list[Task] = []
@@ -122,9 +128,7 @@ class _Step:
         after = (computed, *self.emptied)
         for chunk, params in enumerate(self._chunks(self._weights(unit))):
             store = self._transfer("store", unit, BF16_BYTES * params, after, chunk)
-            work = self._work(
-                "adam", CPU_ADAM, params=params, param_bytes=ADAM_BYTES_PER_PARAM, threads=self.threads
-            )
+            work = self._work("adam", CPU_ADAM, params=params, param_bytes=ADAM_BYTES_PER_PARAM, threads=self.threads)
             adam = (self._emit(work, unit, (store,), chunk),)
         self.emptied = adam
         self.units[slot] = (store,)
@@ -160,9 +164,7 @@ class _Step:
 
     def _head(self) -> Work:
         model, head = self.model, self.model.head
-        per_token = (
-            HEAD_TENSORS * BF16_BYTES * model.hidden_size + LOGIT_BYTES * model.vocab_size / LOGIT_CHUNKS
-        )
+        per_token = HEAD_TENSORS * BF16_BYTES * model.hidden_size + LOGIT_BYTES * model.vocab_size / LOGIT_CHUNKS
         matrix = BF16_BYTES * model.vocab_size * model.hidden_size
         costs = head.kernels(self.kernels)
         return self._work(
@@ -222,7 +224,12 @@ class _Step:
         layers = len(model.layers)
         return [
             Pool(name="cache units", tier="gpu", slots=2, slot_bytes=2 * BF16_BYTES * largest),
-            Pool(name="masters and moments", tier="ram", slots=1, slot_bytes=STATE_BYTES_PER_PARAM * model.params),
+            Pool(
+                name="masters and moments",
+                tier="ram",
+                slots=1,
+                slot_bytes=STATE_BYTES_PER_PARAM * model.params,
+            ),
             Pool(
                 name="gradient and weight buffers",
                 tier="ram",

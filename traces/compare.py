@@ -26,9 +26,7 @@ def compare(predicted: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     """
     left, right = _tasks(predicted), _tasks(measured)
     both = left.merge(right, how="outer", on=[*KEY, "nth"], suffixes=("_p", "_m"), indicator="found")
-    both["found"] = (
-        both["found"].map({"both": "both", "left_only": "predicted", "right_only": "measured"}).astype(str)
-    )
+    both["found"] = both["found"].map({"both": "both", "left_only": "predicted", "right_only": "measured"}).astype(str)
     out = both[[*KEY, "nth"]].copy()
     out["predicted_s"], out["measured_s"] = both["seconds_p"], both["seconds_m"]
     out["error_s"] = out["predicted_s"] - out["measured_s"]

@@ -28,9 +28,7 @@ def memory(prediction: Any) -> Figure:
     panels = figure.subplots(max(1, len(tiers)), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (name, tier) in zip(panels, tiers.items(), strict=False):
         _panel(ax, name, tier, prediction.step_s, head)
-    panels[-1].set_xlabel(
-        "seconds since the GPU finished the step before", fontsize=style.TEXT, color=style.INK
-    )
+    panels[-1].set_xlabel("seconds since the GPU finished the step before", fontsize=style.TEXT, color=style.INK)
     return figure
 
 
@@ -57,9 +55,7 @@ def _panel(ax: Axes, name: str, tier: Any, step_s: float, head: int) -> None:
     for owner, values in stacked.items():
         top = base + np.array([*values, values[-1]]) / GIB
         label = f"{owner}  {max(values) / GIB:,.{_digits(max(values))}f}"
-        handles.append(
-            ax.fill_between(times, base, top, step="post", color=colours[owner], linewidth=0, label=label)
-        )
+        handles.append(ax.fill_between(times, base, top, step="post", color=colours[owner], linewidth=0, label=label))
         base = top
     allocated = np.array([sum(column) for column in zip(*tier.allocated.values(), strict=True)]) / GIB
     handles += ax.step(

@@ -119,9 +119,7 @@ def _shade_above(ax: Axes, curves: Sequence[Points], top: float) -> None:
 
 def _mark_chosen(ax: Axes, chosen: tuple[float, float]) -> None:
     x, y = chosen
-    ax.plot(
-        [x], [y], marker="o", markersize=10, markerfacecolor="none", color=style.ALERT, markeredgewidth=1.8
-    )
+    ax.plot([x], [y], marker="o", markersize=10, markerfacecolor="none", color=style.ALERT, markeredgewidth=1.8)
     ax.annotate(
         f"chosen: batch {x:g}, {y:,.0f} tokens/s",
         (x, y),

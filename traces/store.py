@@ -57,9 +57,7 @@ def load_trace(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         raise BadFile(f"{path}: not a table of tasks: {error}") from error
     missing = [name for name in TraceRow._fields if name not in trace.columns]
     if missing:
-        raise BadFile(
-            f"{path}: columns missing: {', '.join(missing)}.", f"A trace has {', '.join(TraceRow._fields)}."
-        )
+        raise BadFile(f"{path}: columns missing: {', '.join(missing)}.", f"A trace has {', '.join(TraceRow._fields)}.")
     return trace, metadata
 
 

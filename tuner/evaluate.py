@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+
+from slidetune.simulator.engine import simulate
+from slidetune.simulator.pricing import PriceList
 
 from slidetune import buffers
 from slidetune.builder import build
@@ -10,8 +17,6 @@ from slidetune.hardware import HardwareProfile
 from slidetune.model import ModelSpec
 from slidetune.plans import Plan
 from slidetune.schedule import NVME_WRITE, TIERS, Schedule
-from slidetune.simulator.engine import simulate
-from slidetune.simulator.pricing import PriceList
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,12 +66,47 @@ class Evaluator:
     def worth(self, plan: Plan) -> Worth:
         found = self._worth.get(plan)
         if found is None:
-            schedule = self.schedule(plan)
-            step_s = simulate(schedule, self.prices).step_s
-            found = self._worth[plan] = Worth(
-                step_s=step_s,
-                tokens_per_s=plan.tokens / step_s,
-                ram_bytes=self.needs(plan)["ram"],
-                nvme_written_bytes_per_token=schedule.total("bytes", NVME_WRITE) / plan.tokens,
-            )
+            found = self._worth[plan] = self.simulate(plan)
         return found
+
+    def worths(self, plans: Sequence[Plan], pool: ProcessPoolExecutor | None = None) -> list[Worth]:
+        """The worth of several plans, simulated side by side where a pool is given."""
+        new = [plan for plan in dict.fromkeys(plans) if plan not in self._worth]
+        if pool is not None and len(new) > 1:
+            # The heaviest first, one at a time, keeps both processes busy to the end.
+            new.sort(key=lambda plan: -plan.accumulation)
+            self._worth.update(zip(new, pool.map(_simulate, new), strict=True))
+        return [self.worth(plan) for plan in plans]
+
+    def simulate(self, plan: Plan) -> Worth:
+        """The worth of a plan, reckoned anew."""
+        schedule = self.schedule(plan)
+        step_s = simulate(schedule, self.prices).step_s
+        return Worth(
+            step_s=step_s,
+            tokens_per_s=plan.tokens / step_s,
+            ram_bytes=self.needs(plan)["ram"],
+            nvme_written_bytes_per_token=schedule.total("bytes", NVME_WRITE) / plan.tokens,
+        )
+
+    def pool(self) -> ProcessPoolExecutor | None:
+        """Worker processes for `worths`, one a core; None where processes cannot be forked cheaply.
+
+        Results don't depend on it: a simulation has no randomness, and plans are proposed in batches either way.
+        """
+        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 8)
+        if workers < 2 or multiprocessing.get_start_method() == "spawn" or os.name != "posix":
+            return None
+        context = multiprocessing.get_context("fork")
+        return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(self,))
+
+
+_worker: list[Evaluator] = []
+
+
+def _start_worker(evaluator: Evaluator) -> None:
+    _worker[:] = [evaluator]
+
+
+def _simulate(plan: Plan) -> Worth:
+    return _worker[0].simulate(plan)

@@ -28,7 +28,11 @@ def starting_points(space: Space, evaluator: Evaluator) -> Iterator[Point]:
     for update in axes["update"]:
         for accumulation in accumulations:
             for micro_batch in micro_batches:
-                choices = {"micro_batch": micro_batch, "update": update, "chunk_bytes": axes["chunk_bytes"][-1]}
+                choices = {
+                    "micro_batch": micro_batch,
+                    "update": update,
+                    "chunk_bytes": axes["chunk_bytes"][-1],
+                }
                 if accumulation:
                     choices["accumulation"] = accumulation
                 placed = _placed(space, evaluator, choices)

@@ -7,18 +7,21 @@ matter of single steps.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import random
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from slidetune.errors import SlidetuneError
-from slidetune.plans import Plan, knobs
 from slidetune.tuner.evaluate import Evaluator, Worth
 from slidetune.tuner.heuristics import starting_points
 from slidetune.tuner.space import Point, Space
+
+from slidetune.errors import SlidetuneError
+from slidetune.plans import Plan, knobs
 
 if TYPE_CHECKING:
     import optuna
@@ -33,6 +36,8 @@ BATCH_TOLERANCE = 0.03
 # Share of the budget that expert plans may take, and share of the rest that is the sampler's.
 _EXPERT_SHARE = 1 / 3
 _SAMPLER_SHARE = 1 / 2
+# Trials told to the sampler together, so that several processes can simulate them.
+_BATCH = 8
 # Rounds in a row without a new plan after which the space is taken to be exhausted.
 _PATIENCE = 60
 
@@ -88,7 +93,9 @@ def search(
     The same seed gives the same plan (without a shared storage, where others' trials count too). `progress` is
     called with plans simulated, plans to simulate and the best tokens/s.
     """
-    return _Search(space, evaluator, trials, objective, seed, storage, study_name, progress).run()
+    pool = evaluator.pool()
+    with pool or contextlib.nullcontext():
+        return _Search(space, evaluator, trials, objective, seed, storage, study_name, progress, pool).run()
 
 
 def enumerate_all(
@@ -111,9 +118,7 @@ def enumerate_all(
     return choose(tried, objective, None)
 
 
-def choose(
-    tried: list[Trial], objective: Objective | Literal["fastest"], study: optuna.Study | None
-) -> Found | None:
+def choose(tried: list[Trial], objective: Objective | Literal["fastest"], study: optuna.Study | None) -> Found | None:
     """The plan the objective prefers among those tried ("fastest": whatever its batch); None if none fits."""
     fitting = [trial for trial in tried if trial.worth]
     if not fitting:
@@ -126,7 +131,8 @@ def choose(
         enough = [t for t in fitting if t.worth.tokens_per_s >= (1.0 - BATCH_TOLERANCE) * fastest]
         least = min(t.plan.batch for t in enough)
         best = max(
-            (t for t in enough if t.plan.batch == least), key=lambda t: (t.worth.tokens_per_s, -t.worth.ram_bytes)
+            (t for t in enough if t.plan.batch == least),
+            key=lambda t: (t.worth.tokens_per_s, -t.worth.ram_bytes),
         )
     else:
         enough = [t for t in fitting if t.worth.tokens_per_s >= KEPT_THROUGHPUT * fastest]
@@ -154,9 +160,7 @@ def open_storage(url: str | None) -> object:
             from optuna.storages.journal import JournalFileBackend
 
             path = url.removeprefix("journal:")
-            return optuna.storages.JournalStorage(
-                JournalFileBackend(path if not path.startswith("///") else path[2:])
-            )
+            return optuna.storages.JournalStorage(JournalFileBackend(path if not path.startswith("///") else path[2:]))
         return optuna.storages.get_storage(url)
     except Exception as error:
         raise SlidetuneError(
@@ -176,6 +180,7 @@ class _Search:
         storage: str | None,
         study_name: str,
         progress: Callable[[int, int, float], None] | None,
+        pool: ProcessPoolExecutor | None,
     ) -> None:
         import optuna
 
@@ -183,6 +188,8 @@ class _Search:
         self.optuna = optuna
         self.space, self.evaluator, self.wanted = space, evaluator, trials
         self.objective, self.shared, self.progress = objective, storage is not None, progress
+        self.pool = pool
+        self.neighbours: dict[Point, list[Point]] = {}
         self.random = random.Random(seed)
         self.study = optuna.create_study(
             study_name=study_name,
@@ -194,27 +201,26 @@ class _Search:
         # Axes of one value are no choice: the sampler needn't know of them.
         self.open_axes = [(i, a.name) for i, a in enumerate(space.axes) if len(a.values) > 1]
         self.distributions = {
-            name: optuna.distributions.IntDistribution(0, len(space.axes[i].values) - 1)
-            for i, name in self.open_axes
+            name: optuna.distributions.IntDistribution(0, len(space.axes[i].values) - 1) for i, name in self.open_axes
         }
         self.tried: dict[Point, Trial] = {}
         self.points: dict[Plan, Point] = {}
 
     def run(self) -> Found | None:
-        for point in starting_points(self.space, self.evaluator):
-            if self.evaluator.simulated >= self.wanted * _EXPERT_SHARE:
-                break
-            self._try(point, "expert")
-        left = self.wanted - self.evaluator.simulated
-        sampled = fruitless = 0
+        experts = list(
+            itertools.islice(starting_points(self.space, self.evaluator), max(1, int(self.wanted * _EXPERT_SHARE)))
+        )
+        for start in range(0, len(experts), _BATCH):
+            self._try(experts[start : start + _BATCH], "expert")
+        to_sample = int((self.wanted - self.evaluator.simulated) * _SAMPLER_SHARE)
+        fruitless = 0
         while self.evaluator.simulated < self.wanted and fruitless < _PATIENCE:
             before = self.evaluator.simulated
-            if sampled < left * _SAMPLER_SHARE:
-                self._run_trial("sampler")
-                sampled += 1
-            for point in self._near_the_best(2) or self._anywhere(2):
-                if self.evaluator.simulated < self.wanted:
-                    self._try(point, "neighbour")
+            sampled = [self._ask() for _ in range(min(to_sample, _BATCH // 4))]
+            to_sample -= len(sampled)
+            room = max(0, min(_BATCH - len(sampled), self.wanted - before - len(sampled)))
+            points = self._near_the_best(room) or self._anywhere(room)
+            self._tell([*((trial, "sampler") for trial in sampled), *self._enqueued(points, "neighbour")])
             fruitless = 0 if self.evaluator.simulated > before else fruitless + 1
         return choose(self._all_trials(), self.objective, self.study)
 
@@ -222,13 +228,18 @@ class _Search:
 
     def _near_the_best(self, count: int) -> list[Point]:
         """Untried points that fit, a step or two from the plan the objective prefers or from the fastest."""
-        fastest = choose(list(self.tried.values()), "fastest", None)
-        preferred = choose(list(self.tried.values()), self.objective, None)
-        centres = [self.points[best.plan] for best in (preferred, fastest) if best]
-        near = itertools.chain.from_iterable(map(self.space.neighbours, centres))
-        further = (q for p in centres for n in self.space.neighbours(p) for q in self.space.neighbours(n))
-        found = dict.fromkeys(itertools.islice(filter(self._untried, itertools.chain(near, further)), count))
-        return list(found)
+        tried = list(self.tried.values())
+        best = [choose(tried, objective, None) for objective in (self.objective, "fastest")]
+        centres = list(dict.fromkeys(self.points[found.plan] for found in best if found))
+        near = (n for point in centres for n in self._neighbours(point))
+        further = (q for point in centres for n in self._neighbours(point) for q in self._neighbours(n))
+        untried = filter(self._untried, itertools.chain(near, further))
+        return list(dict.fromkeys(itertools.islice(untried, count)))
+
+    def _neighbours(self, point: Point) -> list[Point]:
+        if point not in self.neighbours:
+            self.neighbours[point] = list(self.space.neighbours(point))
+        return self.neighbours[point]
 
     def _anywhere(self, count: int) -> list[Point]:
         """Untried points that fit, at random."""
@@ -245,29 +256,42 @@ class _Search:
 
     # ---- trials -------------------------------------------------------------------------------------------
 
-    def _try(self, point: Point, origin: str) -> None:
-        self.study.enqueue_trial({name: point[i] for i, name in self.open_axes})
-        self._run_trial(origin)
+    def _try(self, points: list[Point], origin: str) -> None:
+        self._tell(self._enqueued(points, origin))
 
-    def _run_trial(self, origin: str) -> None:
-        """Ask for a trial, and tell what it is worth or by how much it doesn't fit."""
-        trial = self.study.ask(self.distributions)
-        point = tuple(trial.params.get(axis.name, 0) for axis in self.space.axes)
-        plan = self.space.plan(point)
-        for tier, overflow in self.evaluator.overflow(plan).items():
-            trial.set_constraint(f"{tier} overflow", overflow)
-        worth = self.evaluator.worth(plan) if self.evaluator.fits(plan) else None
-        if self.shared:
-            # For those who share the study: what the trial was, in full.
-            trial.set_user_attr("origin", origin)
-            trial.set_user_attr("plan", knobs(plan))
-            trial.set_user_attr("worth", dataclasses.asdict(worth) if worth else None)
-        if worth:
-            self.study.tell(trial, worth.tokens_per_s)
-        else:
-            self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
-        self.tried.setdefault(point, Trial(trial.number, origin, plan, worth))
-        self.points.setdefault(plan, point)
+    def _enqueued(self, points: list[Point], origin: str) -> list[tuple[optuna.Trial, str]]:
+        trials = []
+        for point in points:
+            self.study.enqueue_trial({name: point[i] for i, name in self.open_axes})
+            trials.append((self._ask(), origin))
+        return trials
+
+    def _ask(self) -> optuna.Trial:
+        return self.study.ask(self.distributions)
+
+    def _point(self, trial: optuna.Trial | optuna.trial.FrozenTrial) -> Point:
+        return tuple(trial.params.get(axis.name, 0) for axis in self.space.axes)
+
+    def _tell(self, trials: list[tuple[optuna.Trial, str]]) -> None:
+        """Tell what a batch of trials is worth, or by how much each doesn't fit."""
+        plans = [self.space.plan(self._point(trial)) for trial, _ in trials]
+        self.evaluator.worths([plan for plan in plans if self.evaluator.fits(plan)], self.pool)
+        for (trial, origin), plan in zip(trials, plans, strict=True):
+            for tier, overflow in self.evaluator.overflow(plan).items():
+                trial.set_constraint(f"{tier} overflow", overflow)
+            worth = self.evaluator.worth(plan) if self.evaluator.fits(plan) else None
+            if self.shared:
+                # For those who share the study: what the trial was, in full.
+                trial.set_user_attr("origin", origin)
+                trial.set_user_attr("plan", knobs(plan))
+                trial.set_user_attr("worth", dataclasses.asdict(worth) if worth else None)
+            if worth:
+                self.study.tell(trial, worth.tokens_per_s)
+            else:
+                self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
+            point = self._point(trial)
+            self.tried.setdefault(point, Trial(trial.number, origin, plan, worth))
+            self.points.setdefault(plan, point)
         if self.progress:
             best = max((t.worth.tokens_per_s for t in self.tried.values() if t.worth), default=0.0)
             self.progress(min(self.evaluator.simulated, self.wanted), self.wanted, best)
@@ -279,7 +303,7 @@ class _Search:
         found = []
         for trial in self.study.get_trials(deepcopy=False):
             if trial.state.is_finished() and "plan" in trial.user_attrs:
-                point = tuple(trial.params.get(axis.name, 0) for axis in self.space.axes)
+                point = self._point(trial)
                 worth = trial.user_attrs.get("worth")
                 found.append(
                     Trial(

@@ -68,9 +68,7 @@ class Space:
             resident_weights=round(v["resident_weights"] * (sliding - weights_nvme)),
             optimizer_nvme=optimizer_nvme,
             weights_nvme=weights_nvme,
-            activations=Activations(
-                gpu=inputs_gpu, nvme=round(v["activations.nvme"] * (layers - inputs_gpu))
-            ),
+            activations=Activations(gpu=inputs_gpu, nvme=round(v["activations.nvme"] * (layers - inputs_gpu))),
             recompute=Recompute(keep=keep, offload=round(v["recompute.offload"] * (layers - keep))),
             chunk_bytes=v["chunk_bytes"],
             adam_threads=v["adam_threads"],

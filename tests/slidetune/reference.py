@@ -51,9 +51,7 @@ SMALL_CONFIGS: dict[str, dict[str, object]] = {
     "olmo2": _config("olmo2"),
     "olmo2, biases": _config("olmo2", attention_bias=True),
     "gpt_oss": _config("gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
-    "gpt_oss, no biases": _config(
-        "gpt_oss", attention_bias=False, num_local_experts=4, num_experts_per_tok=2
-    ),
+    "gpt_oss, no biases": _config("gpt_oss", attention_bias=False, num_local_experts=4, num_experts_per_tok=2),
 }
 
 

@@ -121,9 +121,7 @@ def test_every_multiplied_weight_is_a_matrix_of_the_model():
 @given(span=st.none() | st.integers(1, 80), seq_len=st.integers(1, 64))
 def test_mean_context_counts_the_keys_of_every_query(span, seq_len):
     unit = _attention(span)
-    keys = [
-        sum(1 for key in range(query + 1) if span is None or key > query - span) for query in range(seq_len)
-    ]
+    keys = [sum(1 for key in range(query + 1) if span is None or key > query - span) for query in range(seq_len)]
     assert unit.mean_context(seq_len) == pytest.approx(sum(keys) / seq_len)
 
 

@@ -55,9 +55,7 @@ DENSE = {
     "olmo2": _config("olmo2"),
 }
 MIXTURES = {
-    "qwen3_moe": _config(
-        "qwen3_moe", head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96
-    ),
+    "qwen3_moe": _config("qwen3_moe", head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96),
     "mixtral": _config("mixtral", num_local_experts=8, num_experts_per_tok=2),
     "gpt_oss": _config("gpt_oss", head_dim=32, num_local_experts=8, num_experts_per_tok=2),
 }
@@ -102,9 +100,7 @@ class RealLayer:
         model.base_model.config._attn_implementation = "sdpa"
         self.layer = layers_of(model)[-1]
         self.x = torch.randn(SEQUENCES, SEQ_LEN, real.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        self.arguments = (
-            {} if config["model_type"] == "gpt2" else {"position_embeddings": self._rotary(model)}
-        )
+        self.arguments = {} if config["model_type"] == "gpt2" else {"position_embeddings": self._rotary(model)}
         given = [self.x, *self.layer.parameters(), *self.arguments.get("position_embeddings", ())]
         self.given = {tensor.untyped_storage()._cdata for tensor in given}
 
@@ -205,9 +201,7 @@ sizes = st.integers(1, 64).map(lambda n: 32 * n)
 def test_a_wider_mlp_never_costs_less(hidden, inner, more, fused, experts):
     def costs(width):
         active = experts // 2
-        shape = LayerShape(
-            hidden=hidden, heads=4, kv_heads=2, head_dim=64, inner=width, experts=experts, active=active
-        )
+        shape = LayerShape(hidden=hidden, heads=4, kv_heads=2, head_dim=64, inner=width, experts=experts, active=active)
         return layer_costs(shape, fused=fused)
 
     narrow, wide = costs(inner), costs(inner + more)

@@ -22,9 +22,7 @@ def slices(events, pid=1):
 
 def track_names(events, pid=1):
     return {
-        e["tid"]: e["args"]["name"]
-        for e in events
-        if e["ph"] == "M" and e["name"] == "thread_name" and e["pid"] == pid
+        e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name" and e["pid"] == pid
     }
 
 
@@ -103,9 +101,7 @@ def test_arrows_end_at_a_task_that_names_the_dependency(events, spilled):
 
 def test_counters_follow_memory_in_gib(events, spilled):
     gpu = [e for e in events if e["ph"] == "C" and e["name"] == "GPU memory GiB"]
-    assert max(e["args"]["allocated"] for e in gpu) == pytest.approx(
-        spilled.memory["gpu"].peak_bytes / GIB, abs=1e-3
-    )
+    assert max(e["args"]["allocated"] for e in gpu) == pytest.approx(spilled.memory["gpu"].peak_bytes / GIB, abs=1e-3)
     assert all(e["args"]["in use"] <= e["args"]["allocated"] for e in gpu)
     assert [e["ts"] for e in gpu] == sorted(e["ts"] for e in gpu)
 
@@ -114,9 +110,7 @@ def test_predicted_and_measured_stand_in_one_file(plain, tmp_path):
     slower = [r._replace(start_s=r.start_s * 1.1, end_s=r.end_s * 1.1) for r in plain.trace]
     two = [
         TraceProcess(name="predicted", rows=plain.trace, schedule=plain.schedule, step_s=plain.step_s),
-        TraceProcess(
-            name="measured", rows=slower, schedule=plain.schedule, step_s=plain.step_s * 1.1, repeat=1
-        ),
+        TraceProcess(name="measured", rows=slower, schedule=plain.schedule, step_s=plain.step_s * 1.1, repeat=1),
     ]
     path = write_trace(tmp_path / "both.json.gz", *two)
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]

@@ -134,10 +134,7 @@ def test_the_same_report_twice_is_the_same_file(plain, tmp_path):
 
 
 def test_elements_escape_what_is_not_markup():
-    assert (
-        page.tag("td", "<b>", page.Html("<i></i>"), class_='a"b')
-        == '<td class="a&quot;b">&lt;b&gt;<i></i></td>'
-    )
+    assert page.tag("td", "<b>", page.Html("<i></i>"), class_='a"b') == '<td class="a&quot;b">&lt;b&gt;<i></i></td>'
     assert page.table(("a",), []) == ""
     assert page.section("Empty", "", intro="never seen") == ""
     assert page.anchor("What limits it?") == "what-limits-it"
