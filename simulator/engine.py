@@ -161,7 +161,9 @@ class Engine:
 
     def _advance(self) -> Generator[simpy.Event, None, None]:
         """Start what can start, let time pass until something ends, and so on."""
-        env, lanes, gpu, prices = self.env, self.lanes, self.gpu, self.prices
+        timeout, lanes, gpu, prices, record = self.env.timeout, self.lanes, self.gpu, self.prices, self.record
+        # Mix of running demands -> lanes and their speeds.
+        mixes: dict[tuple[int, ...], list[tuple[Lane, float]]] = {}
         idle = list(lanes)
         while True:
             for lane in idle:
@@ -170,17 +172,20 @@ class Engine:
             # The GPU comes last, so that a repeating state is looked for when all others have moved.
             if not gpu.klass and gpu.awaited is None:
                 self._start(gpu)
-            speeds = prices.speeds(tuple([lane.klass for lane in lanes]))
-            running = [(lane, speed) for lane, speed in zip(lanes, speeds, strict=True) if speed]
+            mix = tuple([lane.klass for lane in lanes])
+            running = mixes.get(mix)
+            if running is None:
+                fair = zip(lanes, prices.speeds(mix), strict=True)
+                running = mixes[mix] = [(lane, speed) for lane, speed in fair if speed]
             wait = min([lane.remaining / speed for lane, speed in running])
-            yield env.timeout(wait)
+            yield timeout(wait)
             ended = []
             for lane, speed in running:
-                lane.remaining = left = lane.remaining - wait * speed
-                if left <= _NOTHING_S:
+                lane.remaining -= wait * speed
+                if lane.remaining <= _NOTHING_S:
                     ended.append(lane)
             idle = self._end(ended)
-            if self.steady_step is not None and (not self.record or self._all_recorded()):
+            if self.steady_step is not None and (not record or self._all_recorded()):
                 return
 
     def _start(self, lane: Lane) -> None:

@@ -65,7 +65,9 @@ class Skipper:
             [(lane.position - step * lane.count, lane.klass, lane.remaining) for lane in self.lanes],
         )
         self._seen[visit] = state
-        for period in self.repeats.run_end:
+        for period, run_end in self.repeats.run_end.items():
+            if run_end[visit] - visit < period:
+                continue  # Nothing left to skip.
             earlier = self._seen.get(visit - period)
             if earlier and self._recurs(state, earlier, visit, period):
                 times = self._times(step, state, earlier, visit, period)
@@ -103,7 +105,9 @@ class Skipper:
         for lane, now, before in zip(self.lanes, state.lanes, earlier.lanes, strict=True):
             if not moves[lane.index] and times > 0:
                 times = min(times, self._standing(lane, moves, times, before[2] - now[2]))
-        for touched in range(low, high + max(0, times) * period + 1):
+        if times <= 0:
+            return 0
+        for touched in range(low, high + times * period + 1):
             if any(self._pending(dep, step) for dep in repeats.distant[touched]) or any(
                 self._pending(dep, step - 1) for dep in repeats.previous[touched]
             ):
