@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
@@ -27,6 +29,8 @@ class Worth:
     tokens_per_s: float
     ram_bytes: int
     nvme_written_bytes_per_token: float
+    tasks: int
+    """Tasks of its schedule: what simulating it costs."""
 
 
 class Evaluator:
@@ -43,6 +47,11 @@ class Evaluator:
     def simulated(self) -> int:
         """Distinct plans simulated so far."""
         return len(self._worth)
+
+    @property
+    def tasks(self) -> int:
+        """Tasks in the schedules of those plans."""
+        return sum(worth.tasks for worth in self._worth.values())
 
     def needs(self, plan: Plan) -> dict[str, int]:
         """Bytes the plan needs of each tier."""
@@ -87,15 +96,19 @@ class Evaluator:
             tokens_per_s=plan.tokens / step_s,
             ram_bytes=self.needs(plan)["ram"],
             nvme_written_bytes_per_token=schedule.total("bytes", NVME_WRITE) / plan.tokens,
+            tasks=len(schedule.tasks),
         )
 
     def pool(self) -> ProcessPoolExecutor | None:
-        """Worker processes for `worths`, one a core; None where processes cannot be forked cheaply.
+        """Worker processes for `worths`, one a core; None where they cannot be forked safely.
 
         Results don't depend on it: a simulation has no randomness, and plans are proposed in batches either way.
         """
-        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 8)
-        if workers < 2 or multiprocessing.get_start_method() == "spawn" or os.name != "posix":
+        # A fork copies only the thread that calls it: locks that others hold would stay locked for ever.
+        if sys.platform != "linux" or threading.active_count() > 1:
+            return None
+        workers = min(len(os.sched_getaffinity(0)), 8)
+        if workers < 2:
             return None
         context = multiprocessing.get_context("fork")
         return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(self,))

@@ -35,9 +35,12 @@ KEPT_THROUGHPUT = 0.90
 BATCH_TOLERANCE = 0.03
 # Share of the budget that expert plans may take, and share of the rest that is the sampler's.
 _EXPERT_SHARE = 1 / 3
-_SAMPLER_SHARE = 1 / 2
+_SAMPLER_SHARE = 1 / 3
 # Trials told to the sampler together, so that several processes can simulate them.
-_BATCH = 8
+_BATCH = 16
+# Tasks in the schedules of all plans of a study. Deep models with many micro-batches have 10,000 tasks a plan;
+# counting tasks keeps a search short without letting the clock decide what is found.
+_TASK_BUDGET = 900_000
 # Rounds in a row without a new plan after which the space is taken to be exhausted.
 _PATIENCE = 60
 
@@ -211,10 +214,11 @@ class _Search:
             itertools.islice(starting_points(self.space, self.evaluator), max(1, int(self.wanted * _EXPERT_SHARE)))
         )
         for start in range(0, len(experts), _BATCH):
-            self._try(experts[start : start + _BATCH], "expert")
+            if not self._spent():
+                self._try(experts[start : start + _BATCH], "expert")
         to_sample = int((self.wanted - self.evaluator.simulated) * _SAMPLER_SHARE)
         fruitless = 0
-        while self.evaluator.simulated < self.wanted and fruitless < _PATIENCE:
+        while not self._spent() and fruitless < _PATIENCE:
             before = self.evaluator.simulated
             sampled = [self._ask() for _ in range(min(to_sample, _BATCH // 4))]
             to_sample -= len(sampled)
@@ -223,6 +227,9 @@ class _Search:
             self._tell([*((trial, "sampler") for trial in sampled), *self._enqueued(points, "neighbour")])
             fruitless = 0 if self.evaluator.simulated > before else fruitless + 1
         return choose(self._all_trials(), self.objective, self.study)
+
+    def _spent(self) -> bool:
+        return self.evaluator.simulated >= self.wanted or self.evaluator.tasks >= _TASK_BUDGET
 
     # ---- proposals ----------------------------------------------------------------------------------------
 
@@ -270,13 +277,15 @@ class _Search:
         return self.study.ask(self.distributions)
 
     def _point(self, trial: optuna.Trial | optuna.trial.FrozenTrial) -> Point:
-        return tuple(trial.params.get(axis.name, 0) for axis in self.space.axes)
+        params = trial.params  # A copy is made at each access.
+        return tuple(params.get(axis.name, 0) for axis in self.space.axes)
 
     def _tell(self, trials: list[tuple[optuna.Trial, str]]) -> None:
         """Tell what a batch of trials is worth, or by how much each doesn't fit."""
-        plans = [self.space.plan(self._point(trial)) for trial, _ in trials]
+        points = [self._point(trial) for trial, _ in trials]
+        plans = [self.space.plan(point) for point in points]
         self.evaluator.worths([plan for plan in plans if self.evaluator.fits(plan)], self.pool)
-        for (trial, origin), plan in zip(trials, plans, strict=True):
+        for (trial, origin), point, plan in zip(trials, points, plans, strict=True):
             for tier, overflow in self.evaluator.overflow(plan).items():
                 trial.set_constraint(f"{tier} overflow", overflow)
             worth = self.evaluator.worth(plan) if self.evaluator.fits(plan) else None
@@ -289,7 +298,6 @@ class _Search:
                 self.study.tell(trial, worth.tokens_per_s)
             else:
                 self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
-            point = self._point(trial)
             self.tried.setdefault(point, Trial(trial.number, origin, plan, worth))
             self.points.setdefault(plan, point)
         if self.progress:

@@ -177,8 +177,8 @@ def coarse_space(model: ModelSpec, profile: HardwareProfile, base: Plan, batch: 
 
 
 def chunk_sizes(model: ModelSpec) -> tuple[int, ...]:
-    """Powers of two that cut a layer's gradient into about 16, 8 and 4 chunks, of 4 to 512 MiB."""
+    """Powers of two that cut a layer's gradient into about 8, 4 and 2 chunks, of 4 to 512 MiB."""
     largest = max(unit.params for unit in model.layers) * BF16_BYTES
-    sixteenth = max(1, largest // 16)
-    first = min(max(1 << (sixteenth - 1).bit_length(), 4 * MIB), 256 * MIB)
+    eighth = max(1, largest // 8)
+    first = min(max(1 << (eighth - 1).bit_length(), 4 * MIB), 256 * MIB)
     return tuple(size for size in (first, first * 2, first * 4) if size <= 512 * MIB)
