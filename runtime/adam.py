@@ -24,8 +24,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from slidetune.runtime import adam_torch
 from torch import Tensor
+
+from slidetune.runtime import adam_torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

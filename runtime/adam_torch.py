@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from slidetune.runtime.split import join, quiet_nans, split
 from torch import Tensor
+
+from slidetune.runtime.split import join, quiet_nans, split
 
 if TYPE_CHECKING:
     from slidetune.runtime.adam import Coefficients

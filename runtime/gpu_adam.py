@@ -7,8 +7,9 @@ not bit for bit: on CUDA torch contracts other products into fused multiply-adds
 from __future__ import annotations
 
 import torch
-from slidetune.runtime.adam import AdamW
 from torch import Tensor
+
+from slidetune.runtime.adam import AdamW
 
 # Elements at once: bounds the fp32 copy of the gradient to 64 MiB. A multiple of every vector length.
 _PIECE = 1 << 24

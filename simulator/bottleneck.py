@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from slidetune.simulator.engine import Executed, Run
-
 from slidetune.schedule import Schedule
+from slidetune.simulator.engine import Executed, Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

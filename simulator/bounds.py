@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from slidetune.simulator.pricing import PriceList
-
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, Schedule
+from slidetune.simulator.pricing import PriceList
 
 LANE_NAMES = {
     GPU: "GPU compute",

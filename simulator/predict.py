@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slidetune.builder import ADAM_BYTES_PER_PARAM
+from slidetune.hardware import HardwareProfile
+from slidetune.schedule import CPU_ADAM, GPU, NVME_READ, NVME_WRITE, TIERS, Schedule
 from slidetune.simulator.bottleneck import LaneShare, critical_path, lane_shares, steady
 from slidetune.simulator.bounds import LANE_NAMES, bounds_s
 from slidetune.simulator.engine import simulate
 from slidetune.simulator.memory import TierMemory, tier_memory
 from slidetune.simulator.pricing import PriceList
-
-from slidetune.builder import ADAM_BYTES_PER_PARAM
-from slidetune.hardware import HardwareProfile
-from slidetune.schedule import CPU_ADAM, GPU, NVME_READ, NVME_WRITE, TIERS, Schedule
 from slidetune.trace import TraceRow
 
 # A lane whose tasks take this much longer than alone is held back by what it shares.

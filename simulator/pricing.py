@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slidetune.simulator.sharing import Demand, fair_speeds
-
 from slidetune.hardware import HardwareProfile
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, Work
+from slidetune.simulator.sharing import Demand, fair_speeds
 from slidetune.units import GB
 
 # Launching and computing overlap but for their ends: a smooth maximum of the two. With exponent 4 it stays

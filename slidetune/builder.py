@@ -129,20 +129,27 @@ class _Step:
         return self._finished()
 
     def _gather(self) -> None:
-        """Embedding rows go up, micro-batch by micro-batch: rows, never the matrix."""
-        if self.deferred:
-            self._update_embedding(self.touched, "rows", await_norm=True)
-        elif not self.model.tied:
-            # Nothing but the rows this step reads waits for this step's gradient.
-            self._update_embedding(1.0 - self.touched, "rest")
+        """Embedding rows go up, micro-batch by micro-batch: rows, never the matrix.
+
+        The rows about to be read get the last step's update first. The others follow when there is time for
+        them, in a step whose gradients are already known to be good. (A tied matrix is read again by the head
+        before that: its update is finished within the step, unless deferred.)
+        """
+        late = self.deferred or not self.model.tied
+        if late:
+            self._update_embedding(self.touched, "rows", await_mark="norm" if self.deferred else "rows down")
         work = self._work("gather", H2D, bytes=self.hidden_bytes)
         for m in self.micro_batches:
             held = self._take("saved inputs" if self._saved_on_gpu(0) else "hidden states")
-            after = self.marks.get(("rows updated",), ()) if self.deferred else ()
+            after = self.marks["rows updated",] if late else ()
             task = self._emit(work, EMBEDDING, after + held[2], m)
-            if not self.deferred:
+            if not late:
                 self._await_previous(task, "rows updated")
             self.inputs[0, m] = (task, self._own(held, task))
+        # The update of whole stretches of the matrix would run over rows being read.
+        self.marks["gathered",] = (task,)
+        if late and not self.deferred:
+            self._update_embedding(1.0 - self.touched, "rest", after=(task,))
 
     def _forward_layer(self, i: int) -> None:
         self._bring(i + self.prefetch)
@@ -211,7 +218,7 @@ class _Step:
         else:
             self._send_gradient(head, None, task, held)
             if self.deferred:
-                self._update_embedding(1.0 - self.touched, "rest")
+                self._update_embedding(1.0 - self.touched, "rest", after=self.marks["gathered",])
 
     def _backward_layer(self, i: int) -> None:
         unit, place, plan = self.layers[i], self.placements[i], self.plan
@@ -276,8 +283,9 @@ class _Step:
         for m in self.micro_batches:
             store = self._emit(work, EMBEDDING, (self.gradients[m],), m)
             self._release(self.inputs[len(self.layers), m][1], store)
-        if not self.deferred:
+        if self.model.tied and not self.deferred:
             self._update_embedding(self.touched, "rows", after=(store,))
+        self.marks["rows down",] = (store,)
         # With the last gradient down, the norm of all of them is known.
         self.marks["norm",] = (store, self.gradients[self.micro_batches[-1]])
 
@@ -307,7 +315,7 @@ class _Step:
         head = self.model.head
         if self.deferred:
             if self.model.tied:
-                self._update_embedding(1.0 - self.touched, "rest", await_norm=True)
+                self._update_embedding(1.0 - self.touched, "rest", after=self.marks["gathered",])
             self._update_deferred(head, None)
         slot = self._take("head weights")
         work = self._work("fetch", H2D, bytes=BF16_BYTES * head.weight_elements)
@@ -498,19 +506,20 @@ class _Step:
             self._release(staging, write)
         return task
 
-    def _adam_work(self, params: int) -> Work:
-        return self._work(
-            "adam", CPU_ADAM, params=params, param_bytes=ADAM_BYTES_PER_PARAM, threads=self.plan.adam_threads
-        )
+    def _adam_work(self, params: int, op: str = "adam") -> Work:
+        return self._work(op, CPU_ADAM, params=params, param_bytes=ADAM_BYTES_PER_PARAM, threads=self.plan.adam_threads)
 
-    def _update_embedding(self, share: float, part: str, after: tuple[int, ...] = (), await_norm: bool = False) -> None:
-        """Adam on a share of the embedding's rows: those the step reads, or the rest."""
-        task = -1
-        for chunk, params in enumerate(self._chunks(round(share * self.model.embedding.params))):
-            task = self._emit(self._adam_work(params), EMBEDDING, after, chunk=chunk)
-            if await_norm and chunk == 0:
-                self._await_previous(task, "norm")
-        self.marks[f"{part} updated",] = (task,) if task >= 0 else after
+    def _update_embedding(self, share: float, part: str, after: tuple[int, ...] = (), await_mark: str = "") -> None:
+        """Adam on a share of the embedding's rows: those the step reads, or the rest.
+
+        The share is an expectation: what a batch really reads may differ, so each part has a task, however small.
+        """
+        params = max(round(share * self.model.embedding.params), self.model.hidden_size)
+        for chunk, size in enumerate(self._chunks(params)):
+            task = self._emit(self._adam_work(size, f"adam {part}"), EMBEDDING, after, chunk=chunk)
+            if await_mark and chunk == 0:
+                self._await_previous(task, await_mark)
+        self.marks[f"{part} updated",] = (task,)
 
     def _update_on_gpu(self, unit: Unit, after: tuple[int, ...] = (), await_norm: bool = False) -> int:
         """The GPU's fused Adam on a resident layer."""

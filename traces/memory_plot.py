@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from slidetune.traces import style
 from slidetune.traces.labels import TIER_LABELS, head_unit, in_words, percent
-
 from slidetune.units import GIB
 
 if TYPE_CHECKING:

@@ -17,17 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from slidetune.traces.labels import TIER_LABELS, head_unit, lane_label, task_label, unit_label
-
 from slidetune.schedule import LANES
 from slidetune.trace import TraceRow
+from slidetune.traces.labels import TIER_LABELS, head_unit, lane_label, task_label, unit_label
 from slidetune.units import GB, GIB
 
 if TYPE_CHECKING:
     import pandas as pd
-    from slidetune.simulator.memory import TierMemory
 
     from slidetune.schedule import Schedule
+    from slidetune.simulator.memory import TierMemory
 
 Event = dict[str, Any]
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from slidetune.traces import page, plots
 from slidetune.traces.labels import TIER_LABELS, head_unit, in_words, lane_label, percent
-
 from slidetune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:

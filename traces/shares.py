@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE
 from slidetune.traces import style
 from slidetune.traces.labels import lane_label
-
-from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

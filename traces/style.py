@@ -41,6 +41,8 @@ _KINDS = {
     "backward": "backward",
     "head": "head and loss",
     "adam": "Adam",
+    "adam rows": "Adam",
+    "adam rest": "Adam",
     "fetch": "weights",
     "read weights": "weights",
     "write weights": "weights",

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from slidetune.traces import style
 from slidetune.traces.labels import lane_label
-
 from slidetune.units import format_seconds
 
 if TYPE_CHECKING:

@@ -10,15 +10,14 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from slidetune.simulator.engine import simulate
-from slidetune.simulator.pricing import PriceList
-
 from slidetune import buffers
 from slidetune.builder import build
 from slidetune.hardware import HardwareProfile
 from slidetune.model import ModelSpec
 from slidetune.plans import Plan
 from slidetune.schedule import NVME_WRITE, TIERS, Schedule
+from slidetune.simulator.engine import simulate
+from slidetune.simulator.pricing import PriceList
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

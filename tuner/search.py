@@ -16,12 +16,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from slidetune.errors import SlidetuneError
+from slidetune.plans import Plan, knobs
 from slidetune.tuner.evaluate import Evaluator, Worth
 from slidetune.tuner.heuristics import starting_points
 from slidetune.tuner.space import Point, Space
-
-from slidetune.errors import SlidetuneError
-from slidetune.plans import Plan, knobs
 
 if TYPE_CHECKING:
     import optuna

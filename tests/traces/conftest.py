@@ -1,12 +1,12 @@
 """Predictions to draw: one that only uses GPU and RAM, one that uses every lane and tier."""
 
 import pytest
-from slidetune.simulator.predict import predict
 
 from slidetune.builder import build
 from slidetune.machines import machine
 from slidetune.models import load_model
 from slidetune.plans import Activations, Plan
+from slidetune.simulator.predict import predict
 
 
 def _predict(model, **knobs):

@@ -1,9 +1,9 @@
 import math
 
 import pytest
-from slidetune.traces.compare import by_kind, compare
 
 from slidetune.trace import TraceRow, to_frame
+from slidetune.traces.compare import by_kind, compare
 
 
 def row(op, unit, start, seconds, *, step=0, lane="gpu", task=0, chunk=-1):

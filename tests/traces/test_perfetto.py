@@ -4,10 +4,10 @@ from collections import defaultdict
 from itertools import pairwise
 
 import pytest
-from slidetune.traces.perfetto import TraceProcess, document, perfetto, write_trace
 
 from slidetune.schedule import Schedule, Task, Work
 from slidetune.trace import TraceRow, to_frame
+from slidetune.traces.perfetto import TraceProcess, document, perfetto, write_trace
 from slidetune.units import GIB
 
 

@@ -4,12 +4,12 @@ import time
 from itertools import combinations, pairwise
 
 import pytest
+
 from slidetune.traces import plots, style
 from slidetune.traces.labels import in_words, task_label
 from slidetune.traces.memory_plot import owners_in_use
 from slidetune.traces.shares import parts
 from slidetune.traces.timeline import shares, wrap
-
 from slidetune.units import GIB
 
 POINTS = [(1, 300.0), (2, 590.0), (4, 1100.0), (8, 1900.0), (16, 2000.0)]

@@ -3,9 +3,9 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+
 from slidetune.traces import page
 from slidetune.traces.report import Knob, Study, Sweep, WhatIf, write_report
-
 from slidetune.units import format_bytes
 
 EVIL = '<script>alert("x")</script> & Söhne'

@@ -2,10 +2,10 @@ import gzip
 
 import pandas as pd
 import pytest
-from slidetune.traces.store import load_trace, save_trace
 
 from slidetune.errors import BadFile
 from slidetune.trace import to_frame
+from slidetune.traces.store import load_trace, save_trace
 
 
 @pytest.mark.parametrize("name", ["trace.csv", "trace.csv.gz"])
