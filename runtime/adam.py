@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slidetune.runtime import adam_torch
+from slidetune.runtime import adam_native, adam_torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ def adam_implementation() -> str:
 
 def adam_implementations() -> tuple[str, ...]:
     """All that can run on this machine, best first; the last is always "torch"."""
-    return ("torch",)
+    return (*adam_native.paths(), "torch")
 
 
 def adam_step(
@@ -128,7 +128,10 @@ def adam_step(
     if chosen not in available:
         raise ValueError(f"Adam implementation {chosen!r} is not available here; there are {', '.join(available)}")
     coefficients = Coefficients.of(hyper, step, grad_scale)
-    adam_torch.step(high, low, exp_avg, exp_avg_sq, grad, coefficients)
+    if chosen == "torch":
+        adam_torch.step(high, low, exp_avg, exp_avg_sq, grad, coefficients)
+    else:
+        adam_native.step(high, low, exp_avg, exp_avg_sq, grad, coefficients, threads, chosen)
 
 
 _DTYPES = {

@@ -1,0 +1,93 @@
+"""The native Adam kernel (native/adam.cpp), loaded through ctypes, which releases the GIL during a call.
+
+It is built when the package is installed, if there is a compiler. Without it `paths()` is empty.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sysconfig
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slidetune.runtime.adam import Coefficients
+
+# In the order of the C side's numbers.
+_PATHS = ("scalar", "avx2", "avx512")
+
+
+class _Coefficients(ctypes.Structure):
+    """The C side's struct; ctypes rounds each fp64 to the nearest fp32."""
+
+    _fields_ = (
+        ("grad_scale", ctypes.c_float),
+        ("lerp", ctypes.c_float),
+        ("beta2", ctypes.c_float),
+        ("one_minus_beta2", ctypes.c_float),
+        ("sqrt_correction2", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("step_size", ctypes.c_float),
+        ("decay", ctypes.c_float),
+        ("lerp_from_grad", ctypes.c_int32),
+    )
+
+
+@cache
+def paths() -> tuple[str, ...]:
+    """The kernel's paths that this CPU can run, best first."""
+    library = _library()
+    if library is None:
+        return ()
+    return _PATHS[: library.slidetune_adam_best_path() + 1][::-1]
+
+
+def step(
+    high: Tensor,
+    low: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    coefficients: Coefficients,
+    threads: int,
+    path: str,
+) -> None:
+    """One update in place; arguments as `adam.adam_step` has checked them."""
+    values = _Coefficients(*(getattr(coefficients, name) for name, _ in _Coefficients._fields_))
+    _library().slidetune_adam_step(
+        _PATHS.index(path),
+        threads,
+        high.numel(),
+        high.data_ptr(),
+        low.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        grad.data_ptr(),
+        grad.dtype == torch.bfloat16,
+        ctypes.byref(values),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    file = Path(__file__).with_name("_adam" + sysconfig.get_config_var("EXT_SUFFIX"))
+    if not file.exists():
+        return None
+    library = ctypes.CDLL(str(file))
+    library.slidetune_adam_best_path.restype = ctypes.c_int
+    library.slidetune_adam_best_path.argtypes = ()
+    library.slidetune_adam_step.restype = None
+    library.slidetune_adam_step.argtypes = (
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int64,
+        *(ctypes.c_void_p,) * 5,
+        ctypes.c_int,
+        ctypes.POINTER(_Coefficients),
+    )
+    return library

@@ -1,0 +1,99 @@
+// A pool of threads that outlives its jobs: at 16 threads and a few milliseconds a job, starting them would show.
+
+#pragma once
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace slidetune {
+
+class Pool {
+ public:
+  // Calls body(0) ... body(blocks - 1), each once, on this thread and threads - 1 others. Returns when all are done.
+  // Blocks are handed out one by one, so a thread that the system holds up does not hold up the rest.
+  // One job at a time: a second caller waits.
+  void run(int threads, int64_t blocks, const std::function<void(int64_t)>& body) {
+    std::lock_guard<std::mutex> one_job(jobs_);
+    Job job{body, blocks};
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      start(threads - 1);
+      job_ = &job;
+      wanted_ = threads - 1;
+      ++generation_;
+    }
+    if (threads > 1) wake_.notify_all();
+    job.take();
+    std::unique_lock<std::mutex> lock(mutex_);
+    // A worker that has not come yet finds no job; only those inside are waited for.
+    job_ = nullptr;
+    done_.wait(lock, [&] { return inside_ == 0; });
+  }
+
+  // The process's pool. Never destroyed: its threads sleep when the process ends.
+  static Pool& shared() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+      pool_ = new Pool;
+      // A forked child has none of the threads, and locks in any state: it gets a pool of its own.
+      pthread_atfork(nullptr, nullptr, [] { pool_ = new Pool; });
+    });
+    return *pool_;
+  }
+
+ private:
+  struct Job {
+    const std::function<void(int64_t)>& body;
+    const int64_t blocks;
+    std::atomic<int64_t> next{0};
+
+    void take() {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) body(i);
+    }
+  };
+
+  // Where the system has no more threads, those there are do the work.
+  void start(int workers) {
+    try {
+      for (; started_ < workers; ++started_) std::thread(&Pool::work, this, started_).detach();
+    } catch (const std::system_error&) {
+    }
+  }
+
+  void work(int index) {
+    uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      Job* job = job_;
+      if (job == nullptr || index >= wanted_) continue;
+      ++inside_;
+      lock.unlock();
+      job->take();
+      lock.lock();
+      if (--inside_ == 0) done_.notify_one();
+    }
+  }
+
+  static inline Pool* pool_ = nullptr;
+
+  std::mutex jobs_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::condition_variable done_;
+  Job* job_ = nullptr;
+  uint64_t generation_ = 0;
+  int started_ = 0;
+  int wanted_ = 0;
+  int inside_ = 0;
+};
+
+}  // namespace slidetune
