@@ -156,6 +156,9 @@ class Engine:
     def run(self) -> Run:
         self.env.process(self._advance())
         self.env.run()
+        for lane in self.lanes:
+            # Lanes refer to each other: without this, only the garbage collector could free them.
+            lane.deps, lane.waiters, lane.awaited = [], [], None
         boundaries = self.boundaries
         return Run(step_s=boundaries[-1] - boundaries[-2], boundaries=boundaries, executed=self.executed)
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from slidetune import buffers
+from slidetune import buffers, collector
 from slidetune.builder import build
 from slidetune.hardware import HardwareProfile
 from slidetune.model import ModelSpec
@@ -88,8 +88,9 @@ class Evaluator:
 
     def simulate(self, plan: Plan) -> Worth:
         """The worth of a plan, reckoned anew."""
-        schedule = self.schedule(plan)
-        step_s = simulate(schedule, self.prices).step_s
+        with collector.paused():
+            schedule = self.schedule(plan)
+            step_s = simulate(schedule, self.prices).step_s
         return Worth(
             step_s=step_s,
             tokens_per_s=plan.tokens / step_s,

@@ -32,6 +32,10 @@ OBJECTIVES: tuple[Objective, ...] = ("throughput", "ram", "nvme-writes")
 KEPT_THROUGHPUT = 0.90
 # A larger batch isn't free for training: the smallest within this of the best throughput is chosen.
 BATCH_TOLERANCE = 0.03
+# Plans this close in throughput are as fast as each other: the one that wears the drive or fills RAM less is better.
+_EQUAL = 0.0025
+# Rounds of trying every neighbour of the plan chosen, after the budget is spent.
+_POLISH_ROUNDS = 4
 # Share of the budget that expert plans may take, and share of the rest that is the sampler's.
 _EXPERT_SHARE = 1 / 3
 _SAMPLER_SHARE = 1 / 3
@@ -50,7 +54,8 @@ class Trial:
 
     number: int
     origin: str
-    """expert, sampler or neighbour."""
+    """expert, sampler, neighbour or exhaustive."""
+    point: Point
     plan: Plan
     worth: Worth | None
 
@@ -59,10 +64,17 @@ class Trial:
 class Found:
     """A finished search."""
 
-    plan: Plan
-    worth: Worth
+    best: Trial
     trials: list[Trial]
     study: optuna.Study | None
+
+    @property
+    def plan(self) -> Plan:
+        return self.best.plan
+
+    @property
+    def worth(self) -> Worth:
+        return self.best.worth
 
     @property
     def simulated(self) -> int:
@@ -108,12 +120,13 @@ def enumerate_all(
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Found | None:
     """The same by trying every point of the space that fits."""
-    plans = dict.fromkeys(space.plan(point) for point in space.points())
+    # Several points may round to one plan.
+    plans = {space.plan(point): point for point in space.points()}
     tried: list[Trial] = []
     best = 0.0
-    for number, plan in enumerate(plans):
+    for number, (plan, point) in enumerate(plans.items()):
         worth = evaluator.worth(plan) if evaluator.fits(plan) else None
-        tried.append(Trial(number, "exhaustive", plan, worth))
+        tried.append(Trial(number, "exhaustive", point, plan, worth))
         best = max(best, worth.tokens_per_s if worth else 0.0)
         if progress:
             progress(number + 1, len(plans), best)
@@ -129,17 +142,19 @@ def choose(tried: list[Trial], objective: Objective | Literal["fastest"], study:
     if objective == "fastest":
         best = max(fitting, key=lambda t: (t.worth.tokens_per_s, -t.number))
     elif objective == "throughput":
-        # Of the smallest batch that is fast enough, the fastest plan; ties go to the one that needs less RAM.
+        # Of the smallest batch that is fast enough, the fastest plan; of equals the one that costs least.
         enough = [t for t in fitting if t.worth.tokens_per_s >= (1.0 - BATCH_TOLERANCE) * fastest]
         least = min(t.plan.batch for t in enough)
-        best = max(
-            (t for t in enough if t.plan.batch == least),
-            key=lambda t: (t.worth.tokens_per_s, -t.worth.ram_bytes),
+        enough = [t for t in enough if t.plan.batch == least]
+        top = max(t.worth.tokens_per_s for t in enough)
+        equals = [t for t in enough if t.worth.tokens_per_s >= (1.0 - _EQUAL) * top]
+        best = min(
+            equals, key=lambda t: (t.worth.nvme_written_bytes_per_token, t.worth.ram_bytes, -t.worth.tokens_per_s)
         )
     else:
         enough = [t for t in fitting if t.worth.tokens_per_s >= KEPT_THROUGHPUT * fastest]
         best = min(enough, key=lambda t: (cost(objective, t.worth), -t.worth.tokens_per_s))
-    return Found(plan=best.plan, worth=best.worth, trials=tried, study=study)
+    return Found(best=best, trials=tried, study=study)
 
 
 def cost(objective: Objective, worth: Worth) -> float:
@@ -205,8 +220,7 @@ class _Search:
         self.distributions = {
             name: optuna.distributions.IntDistribution(0, len(space.axes[i].values) - 1) for i, name in self.open_axes
         }
-        self.tried: dict[Point, Trial] = {}
-        self.points: dict[Plan, Point] = {}
+        self.tried: dict[Plan, Trial] = {}
 
     def run(self) -> Found | None:
         experts = list(
@@ -225,7 +239,19 @@ class _Search:
             points = self._near_the_best(room) or self._anywhere(room)
             self._tell([*((trial, "sampler") for trial in sampled), *self._enqueued(points, "neighbour")])
             fruitless = 0 if self.evaluator.simulated > before else fruitless + 1
+        self._polish()
         return choose(self._all_trials(), self.objective, self.study)
+
+    def _polish(self) -> None:
+        """Try every neighbour of the plan chosen, until none of them is better."""
+        for _ in range(_POLISH_ROUNDS):
+            found = choose(list(self.tried.values()), self.objective, None)
+            if found is None:
+                return
+            near = [p for p in self._neighbours(found.best.point) if self._untried(p)]
+            if not near:
+                return
+            self._try(near, "neighbour")
 
     def _spent(self) -> bool:
         return self.evaluator.simulated >= self.wanted or self.evaluator.tasks >= _TASK_BUDGET
@@ -236,7 +262,7 @@ class _Search:
         """Untried points that fit, a step or two from the plan the objective prefers or from the fastest."""
         tried = list(self.tried.values())
         best = [choose(tried, objective, None) for objective in (self.objective, "fastest")]
-        centres = list(dict.fromkeys(self.points[found.plan] for found in best if found))
+        centres = list(dict.fromkeys(found.best.point for found in best if found))
         near = (n for point in centres for n in self._neighbours(point))
         further = (q for point in centres for n in self._neighbours(point) for q in self._neighbours(n))
         untried = filter(self._untried, itertools.chain(near, further))
@@ -258,7 +284,7 @@ class _Search:
 
     def _untried(self, point: Point) -> bool:
         plan = self.space.plan(point)
-        return plan not in self.points and self.evaluator.fits(plan)
+        return plan not in self.tried and self.evaluator.fits(plan)
 
     # ---- trials -------------------------------------------------------------------------------------------
 
@@ -297,8 +323,7 @@ class _Search:
                 self.study.tell(trial, worth.tokens_per_s)
             else:
                 self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
-            self.tried.setdefault(point, Trial(trial.number, origin, plan, worth))
-            self.points.setdefault(plan, point)
+            self.tried.setdefault(plan, Trial(trial.number, origin, point, plan, worth))
         if self.progress:
             best = max((t.worth.tokens_per_s for t in self.tried.values() if t.worth), default=0.0)
             self.progress(min(self.evaluator.simulated, self.wanted), self.wanted, best)
@@ -316,6 +341,7 @@ class _Search:
                     Trial(
                         trial.number,
                         trial.user_attrs["origin"],
+                        point,
                         self.space.plan(point),
                         Worth(**worth) if worth else None,
                     )
