@@ -23,6 +23,8 @@ class Demand:
     """(resource, fraction of its capacity), for every resource it uses."""
     weight: float = 1.0
     """Its say where a resource is short."""
+    peers: str = ""
+    """Tasks that name the same peers have the same say: the least of theirs."""
 
 
 def fair_speeds(demands: Sequence[Demand], capacity: Mapping[str, float] | None = None) -> list[float]:
@@ -33,18 +35,19 @@ def fair_speeds(demands: Sequence[Demand], capacity: Mapping[str, float] | None 
     """
     left = {resource: 1.0 for demand in demands for resource, _ in demand.shares}
     left.update({k: v for k, v in (capacity or {}).items() if k in left})
+    weights = _weights(demands)
     speeds = [0.0] * len(demands)
     growing = set(range(len(demands)))
     while growing:
         use = dict.fromkeys(left, 0.0)
         for i in growing:
             for resource, share in demands[i].shares:
-                use[resource] += share * demands[i].weight
+                use[resource] += share * weights[i]
         # How much further the common level can rise: to the first top speed, or the first full resource.
-        rise = min((1.0 - speeds[i]) / demands[i].weight for i in growing)
+        rise = min((1.0 - speeds[i]) / weights[i] for i in growing)
         rise = min([rise, *(left[r] / u for r, u in use.items() if u > _EPSILON)])
         for i in growing:
-            speeds[i] += rise * demands[i].weight
+            speeds[i] += rise * weights[i]
         for resource, used in use.items():
             left[resource] -= rise * used
         full = {r for r, u in use.items() if u > _EPSILON and left[r] <= _EPSILON}
@@ -54,3 +57,11 @@ def fair_speeds(demands: Sequence[Demand], capacity: Mapping[str, float] | None 
             if speeds[i] < 1.0 - _EPSILON and not any(r in full and s > 0 for r, s in demands[i].shares)
         }
     return [min(1.0, speed) for speed in speeds]
+
+
+def _weights(demands: Sequence[Demand]) -> list[float]:
+    """Each task's weight, or the least of its peers'."""
+    least: dict[str, float] = {}
+    for demand in demands:
+        least[demand.peers] = min(demand.weight, least.get(demand.peers, demand.weight))
+    return [least[demand.peers] if demand.peers else demand.weight for demand in demands]
