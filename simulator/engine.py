@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import simpy
 
-from slidetune.schedule import GPU, Schedule
+from slidetune.schedule import Schedule, Work
+from slidetune.simulator.layout import Layout
 from slidetune.simulator.pricing import PriceList
 from slidetune.simulator.skipping import SAME_REMAINING, Skipper
 
@@ -62,7 +63,6 @@ class Lane:
         "awaited",
         "blocked_by",
         "count",
-        "deps",
         "index",
         "klass",
         "position",
@@ -72,17 +72,18 @@ class Lane:
         "start_s",
         "tasks",
         "waiters",
+        "waits",
     )
 
-    def __init__(self, index: int, tasks: list[int]) -> None:
+    def __init__(self, index: int, layout: Layout, prices: list[tuple[float, int]]) -> None:
         self.index = index
-        self.tasks = tasks
-        self.count = len(tasks)
+        self.tasks = layout.tasks[index]
+        self.waits = layout.waits[index]
+        self.count = len(self.tasks)
+        # Per task: seconds at top speed, and its demand's number.
+        self.prices = prices
         # Tasks ended so far, over all steps.
         self.position = 0
-        # Per task of a step: lanes and positions to wait for; those of the step before are negative.
-        self.deps: list[list[tuple[Lane, int]]] = []
-        self.prices: list[tuple[float, int]] = []
         # Of the running task: seconds left at top speed, and its demand's number; 0 while none runs.
         self.remaining = 0.0
         self.klass = 0
@@ -92,10 +93,11 @@ class Lane:
         self.ready_s = self.start_s = 0.0
         self.blocked_by = -1
 
-    def blocker(self) -> tuple[Lane, int] | None:
+    def blocker(self, lanes: list[Lane]) -> tuple[Lane, int] | None:
         """A lane and position that this lane's next task still waits for."""
         step, index = divmod(self.position, self.count)
-        for other, position in self.deps[index]:
+        for number, position in self.waits[index]:
+            other = lanes[number]
             target = step * other.count + position
             if other.position <= target:
                 return other, target
@@ -105,60 +107,38 @@ class Lane:
 class Engine:
     """Runs one schedule on one machine. Use `simulate`."""
 
-    def __init__(self, schedule: Schedule, prices: PriceList, *, record: bool) -> None:
-        self.schedule, self.prices, self.record = schedule, prices, record
+    def __init__(self, layout: Layout, prices: PriceList, *, record: bool) -> None:
+        self.prices, self.record = prices, record
         self.env = simpy.Environment()
         self.executed: list[Executed] = []
         self.boundaries: list[float] = []
         self.steady_step: int | None = None
         self._last_state: list[tuple[int, int, float]] = []
-        self._build_lanes()
-        self.skipper = None if record else Skipper(schedule, self.lanes, self.lane_index, self.place)
-        self._start_halfway()
+        priced = {id(work): self._priced(work) for works in layout.works for work in works}
+        self.lanes = [Lane(i, layout, [priced[id(w)] for w in works]) for i, works in enumerate(layout.works)]
+        self.gpu = self.lanes[layout.gpu]
+        self.skipper = None if record else Skipper(layout, self.lanes)
+        self._start_halfway(layout)
 
-    def _build_lanes(self) -> None:
-        schedule = self.schedule
-        by_lane = schedule.lane_tasks()
-        used = [lane for lane in schedule.lanes if by_lane[lane]]
-        self.lane_index = {lane: i for i, lane in enumerate(used)}
-        self.lanes = [Lane(i, by_lane[lane]) for i, lane in enumerate(used)]
-        self.gpu = self.lanes[self.lane_index[GPU]]
-        place: list[tuple[Lane, int]] = [(self.gpu, 0)] * len(schedule.tasks)
-        for lane in self.lanes:
-            for position, task in enumerate(lane.tasks):
-                place[task] = (lane, position)
-        self.place = place
-        priced: dict[int, tuple[float, int]] = {}
-        for (lane, _), (work, _, _, _, after, after_previous) in zip(place, schedule.tasks, strict=True):
-            price = priced.get(id(work))
-            if price is None:
-                found = self.prices.price(work)
-                price = (max(found.alone_s, _SHORTEST_S), self.prices.demand_index(found.demand))
-                priced[id(work)] = price
-            lane.prices.append(price)
-            # A lane's own earlier tasks are always done first.
-            deps = [there for dep in after if (there := place[dep])[0] is not lane]
-            for dep in after_previous:
-                other, position = place[dep]
-                if other is not lane:
-                    deps.append((other, position - other.count))
-            lane.deps.append(deps)
+    def _priced(self, work: Work) -> tuple[float, int]:
+        price = self.prices.price(work)
+        return max(price.alone_s, _SHORTEST_S), self.prices.demand_index(price.demand)
 
-    def _start_halfway(self) -> None:
+    def _start_halfway(self, layout: Layout) -> None:
         """Begin the first step in its middle visit, as if all before were done: the backward pass that
         follows leaves the lanes as a whole step would, for half the price."""
-        visits = self.schedule.visits
+        visits = layout.schedule.visits
         if len(visits) < 3:
             return
-        for lane, _ in self.place[: visits[len(visits) // 2]]:
-            lane.position += 1
+        for lane, _ in layout.place[: visits[len(visits) // 2]]:
+            self.lanes[lane].position += 1
 
     def run(self) -> Run:
         self.env.process(self._advance())
         self.env.run()
         for lane in self.lanes:
             # Lanes refer to each other: without this, only the garbage collector could free them.
-            lane.deps, lane.waiters, lane.awaited = [], [], None
+            lane.waiters, lane.awaited = [], None
         boundaries = self.boundaries
         return Run(step_s=boundaries[-1] - boundaries[-2], boundaries=boundaries, executed=self.executed)
 
@@ -193,7 +173,7 @@ class Engine:
 
     def _start(self, lane: Lane) -> None:
         """Start the lane's next task, or wait for what it needs."""
-        waited = lane.blocker()
+        waited = lane.blocker(self.lanes)
         if waited is not None:
             lane.awaited = waited
             other, target = waited
@@ -257,10 +237,10 @@ class Engine:
         return True
 
 
-def simulate(schedule: Schedule, prices: PriceList, *, record: bool = False) -> Run:
+def simulate(schedule: Schedule, prices: PriceList, *, record: bool = False, layout: Layout | None = None) -> Run:
     """Run a schedule to its steady state.
 
     With `record`, every task is simulated and kept; without, repeating visits are skipped, which leaves the
-    step time the same to well within 0.5 %.
+    step time the same to well within 0.5 %. Whoever simulates one schedule often passes its `layout`.
     """
-    return Engine(schedule, prices, record=record).run()
+    return Engine(layout or Layout(schedule), prices, record=record).run()

@@ -7,10 +7,10 @@ lanes move on by whole periods, and the time is added up.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
-from slidetune.schedule import GPU, Schedule
-from slidetune.simulator.repeats import Repeats
+from slidetune.simulator.layout import Layout
 
 if TYPE_CHECKING:
     from slidetune.simulator.engine import Lane
@@ -30,16 +30,10 @@ class _Seen(NamedTuple):
 class Skipper:
     """Looks for repetitions of one simulation, and moves its lanes."""
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        lanes: list[Lane],
-        lane_index: dict[str, int],
-        place: list[tuple[Lane, int]],
-    ) -> None:
-        self.lanes, self.place = lanes, place
-        self.gpu = lanes[lane_index[GPU]]
-        self.repeats = Repeats(schedule, lane_index)
+    def __init__(self, layout: Layout, lanes: list[Lane]) -> None:
+        self.lanes, self.place = lanes, layout.place
+        self.gpu = lanes[layout.gpu]
+        self.repeats = layout.repeats
         self.skipped_s = 0.0
         """Seconds left out so far, to be added to the clock."""
         self._seen: dict[int, _Seen] = {}
@@ -49,7 +43,7 @@ class Skipper:
     def _first_gpu_tasks(self) -> dict[int, int]:
         """GPU-lane position -> visit, for each visit's first GPU task."""
         column = [base[self.gpu.index] for base in self.repeats.base]
-        return {here: visit for visit, (here, then) in enumerate(zip(column, column[1:], strict=False)) if then > here}
+        return {here: visit for visit, (here, then) in enumerate(itertools.pairwise(column)) if then > here}
 
     def skip_ahead(self, now_s: float) -> None:
         """Called when the GPU is about to start a task, all other lanes having started what they can."""
@@ -120,14 +114,15 @@ class Skipper:
         if lane.klass:
             # It must not come to its task's end.
             return int(lane.remaining / done_s) - 1 if done_s > 0 else 0
-        blocker = lane.blocker()
+        blocker = lane.blocker(self.lanes)
         if blocker is None:
             return 0
         other, target = blocker
         return times if other.position + times * moves[other.index] <= target else 0
 
     def _pending(self, task: int, step: int) -> bool:
-        lane, position = self.place[task]
+        number, position = self.place[task]
+        lane = self.lanes[number]
         return lane.position <= step * lane.count + position
 
     def _skip(self, times: int, state: _Seen, earlier: _Seen, visit: int, period: int) -> None:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
-import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from typing import TYPE_CHECKING
 
 from slidetune import buffers, collector
 from slidetune.builder import build
@@ -18,6 +14,9 @@ from slidetune.plans import Plan
 from slidetune.schedule import NVME_WRITE, TIERS, Schedule
 from slidetune.simulator.engine import simulate
 from slidetune.simulator.pricing import PriceList
+
+if TYPE_CHECKING:
+    from slidetune.tuner.workers import Workers
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,14 +76,13 @@ class Evaluator:
             found = self._worth[plan] = self.simulate(plan)
         return found
 
-    def worths(self, plans: Sequence[Plan], pool: ProcessPoolExecutor | None = None) -> list[Worth]:
-        """The worth of several plans, simulated side by side where a pool is given."""
+    def worths(self, plans: Sequence[Plan], workers: Workers) -> list[Worth]:
+        """The worth of several plans, simulated side by side."""
         new = [plan for plan in dict.fromkeys(plans) if plan not in self._worth]
-        if pool is not None and len(new) > 1:
-            # The heaviest first, one at a time, keeps both processes busy to the end.
-            new.sort(key=lambda plan: -plan.accumulation)
-            self._worth.update(zip(new, pool.map(_simulate, new), strict=True))
-        return [self.worth(plan) for plan in plans]
+        # The heaviest first keeps all workers busy to the end.
+        new.sort(key=lambda plan: -plan.accumulation)
+        self._worth.update(zip(new, workers.map(Evaluator.simulate, new), strict=True))
+        return [self._worth[plan] for plan in plans]
 
     def simulate(self, plan: Plan) -> Worth:
         """The worth of a plan, reckoned anew."""
@@ -98,28 +96,3 @@ class Evaluator:
             nvme_written_bytes_per_token=schedule.total("bytes", NVME_WRITE) / plan.tokens,
             tasks=len(schedule.tasks),
         )
-
-    def pool(self) -> ProcessPoolExecutor | None:
-        """Worker processes for `worths`, one a core; None where they cannot be forked safely.
-
-        Results don't depend on it: a simulation has no randomness, and plans are proposed in batches either way.
-        """
-        # A fork copies only the thread that calls it: locks that others hold would stay locked for ever.
-        if sys.platform != "linux" or threading.active_count() > 1:
-            return None
-        workers = min(len(os.sched_getaffinity(0)), 8)
-        if workers < 2:
-            return None
-        context = multiprocessing.get_context("fork")
-        return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(self,))
-
-
-_worker: list[Evaluator] = []
-
-
-def _start_worker(evaluator: Evaluator) -> None:
-    _worker[:] = [evaluator]
-
-
-def _simulate(plan: Plan) -> Worth:
-    return _worker[0].simulate(plan)

@@ -7,12 +7,10 @@ matter of single steps.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import random
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +19,7 @@ from slidetune.plans import Plan, knobs
 from slidetune.tuner.evaluate import Evaluator, Worth
 from slidetune.tuner.heuristics import starting_points
 from slidetune.tuner.space import Point, Space
+from slidetune.tuner.workers import Workers
 
 if TYPE_CHECKING:
     import optuna
@@ -43,7 +42,7 @@ _SAMPLER_SHARE = 1 / 3
 _BATCH = 16
 # Tasks in the schedules of all plans of a study. Deep models with many micro-batches have 10,000 tasks a plan;
 # counting tasks keeps a search short without letting the clock decide what is found.
-_TASK_BUDGET = 900_000
+_TASK_BUDGET = 700_000
 # Rounds in a row without a new plan after which the space is taken to be exhausted.
 _PATIENCE = 60
 
@@ -94,6 +93,7 @@ class Found:
 def search(
     space: Space,
     evaluator: Evaluator,
+    workers: Workers,
     *,
     trials: int = 300,
     objective: Objective = "throughput",
@@ -107,14 +107,13 @@ def search(
     The same seed gives the same plan (without a shared storage, where others' trials count too). `progress` is
     called with plans simulated, plans to simulate and the best tokens/s.
     """
-    pool = evaluator.pool()
-    with pool or contextlib.nullcontext():
-        return _Search(space, evaluator, trials, objective, seed, storage, study_name, progress, pool).run()
+    return _Search(space, evaluator, workers, trials, objective, seed, storage, study_name, progress).run()
 
 
 def enumerate_all(
     space: Space,
     evaluator: Evaluator,
+    workers: Workers,
     *,
     objective: Objective = "throughput",
     progress: Callable[[int, int, float], None] | None = None,
@@ -124,12 +123,15 @@ def enumerate_all(
     plans = {space.plan(point): point for point in space.points()}
     tried: list[Trial] = []
     best = 0.0
-    for number, (plan, point) in enumerate(plans.items()):
-        worth = evaluator.worth(plan) if evaluator.fits(plan) else None
-        tried.append(Trial(number, "exhaustive", point, plan, worth))
-        best = max(best, worth.tokens_per_s if worth else 0.0)
+    for start in range(0, len(plans), _BATCH):
+        batch = list(itertools.islice(plans.items(), start, start + _BATCH))
+        fitting = [plan for plan, _ in batch if evaluator.fits(plan)]
+        worth = dict(zip(fitting, evaluator.worths(fitting, workers), strict=True))
+        for plan, point in batch:
+            tried.append(Trial(len(tried), "exhaustive", point, plan, worth.get(plan)))
+        best = max([best, *(w.tokens_per_s for w in worth.values())])
         if progress:
-            progress(number + 1, len(plans), best)
+            progress(len(tried), len(plans), best)
     return choose(tried, objective, None)
 
 
@@ -191,13 +193,13 @@ class _Search:
         self,
         space: Space,
         evaluator: Evaluator,
+        workers: Workers,
         trials: int,
         objective: Objective,
         seed: int,
         storage: str | None,
         study_name: str,
         progress: Callable[[int, int, float], None] | None,
-        pool: ProcessPoolExecutor | None,
     ) -> None:
         import optuna
 
@@ -205,7 +207,7 @@ class _Search:
         self.optuna = optuna
         self.space, self.evaluator, self.wanted = space, evaluator, trials
         self.objective, self.shared, self.progress = objective, storage is not None, progress
-        self.pool = pool
+        self.workers = workers
         self.neighbours: dict[Point, list[Point]] = {}
         self.random = random.Random(seed)
         self.study = optuna.create_study(
@@ -309,7 +311,7 @@ class _Search:
         """Tell what a batch of trials is worth, or by how much each doesn't fit."""
         points = [self._point(trial) for trial, _ in trials]
         plans = [self.space.plan(point) for point in points]
-        self.evaluator.worths([plan for plan in plans if self.evaluator.fits(plan)], self.pool)
+        self.evaluator.worths([plan for plan in plans if self.evaluator.fits(plan)], self.workers)
         for (trial, origin), point, plan in zip(trials, points, plans, strict=True):
             for tier, overflow in self.evaluator.overflow(plan).items():
                 trial.set_constraint(f"{tier} overflow", overflow)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from slidetune import collector
 from slidetune.hardware import HardwareProfile, Kind
-from slidetune.schedule import Schedule
+from slidetune.plans import Plan
 from slidetune.simulator.engine import simulate
+from slidetune.simulator.layout import Layout
 from slidetune.simulator.pricing import PriceList
+from slidetune.tuner.evaluate import Evaluator
+from slidetune.tuner.workers import Workers
 
 # Sizes: they decide whether a plan fits, not how long it takes.
 _SIZES = {"gpu.memory_gib", "gpu.context_gib", "host.ram_gib", "host.process_gib", "nvme.size_gb"}
+# Machines simulated by one worker in one go.
+_SHARE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,19 +50,13 @@ class Interval:
         return tuple(effect for effect in self.effects if effect.kind == "guess")
 
 
-def interval(
-    schedule: Schedule,
-    profile: HardwareProfile,
-    step_s: float,
-    step_on: Callable[[list[HardwareProfile]], list[float]] | None = None,
-) -> Interval:
-    """The interval of a schedule's step, each uncertain figure moved to both ends of its spread in turn.
-
-    `step_on` gives the step on each of several machines; by default they are simulated one after the other.
-    """
+def interval(plan: Plan, profile: HardwareProfile, step_s: float, workers: Workers) -> Interval:
+    """The interval of a plan's step on a machine: each uncertain figure moved to both ends of its spread."""
     uncertain = [(path, figure) for path, figure in profile.figures() if figure.spread and path not in _SIZES]
     moved = [profile.scaled(path, 1.0 + sign * f.spread) for path, f in uncertain for sign in (-1, 1)]
-    steps = (step_on or (lambda profiles: [step_seconds(schedule, p) for p in profiles]))(moved)
+    # A few machines at a time: whoever takes a share builds the schedule once for it.
+    shares = [moved[i : i + _SHARE] for i in range(0, len(moved), _SHARE)]
+    steps = [step for part in workers.map(_steps_on, [(plan, share) for share in shares]) for step in part]
     effects = []
     for i, (path, figure) in enumerate(uncertain):
         ends = (steps[2 * i] - step_s, steps[2 * i + 1] - step_s)
@@ -80,7 +78,9 @@ def interval(
     )
 
 
-def step_seconds(schedule: Schedule, profile: HardwareProfile) -> float:
-    """The steady step of a schedule on a machine."""
+def _steps_on(evaluator: Evaluator, case: tuple[Plan, list[HardwareProfile]]) -> list[float]:
+    plan, machines = case
     with collector.paused():
-        return simulate(schedule, PriceList(profile)).step_s
+        schedule = evaluator.schedule(plan)
+        layout = Layout(schedule)
+        return [simulate(schedule, PriceList(machine), layout=layout).step_s for machine in machines]

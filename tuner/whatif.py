@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from slidetune.hardware import Figure, HardwareProfile, Nvme
-from slidetune.model import ModelSpec
 from slidetune.plans import Plan
 from slidetune.tuner.evaluate import Evaluator
 from slidetune.tuner.heuristics import starting_points
 from slidetune.tuner.space import full_space
+from slidetune.tuner.workers import Workers
 
 # Plans tried on each changed machine beside the one at hand.
 _TRIES = 4
@@ -61,15 +61,16 @@ def changes(profile: HardwareProfile) -> Iterator[tuple[str, HardwareProfile]]:
         yield "an NVMe drive twice as fast", _twice(profile, "nvme.read_gbs", "nvme.write_gbs")
 
 
-def whatif(model: ModelSpec, profile: HardwareProfile, plan: Plan, tokens_per_s: float) -> list[WhatIf]:
+def whatif(profile: HardwareProfile, plan: Plan, tokens_per_s: float, workers: Workers) -> list[WhatIf]:
     """Every change, the most helpful first. The batch stays the same, so that only speed is compared."""
-    rows = [best_after(change, model, changed, plan, tokens_per_s) for change, changed in changes(profile)]
-    return sorted(rows, key=lambda row: -row.gain)
+    cases = [(change, changed, plan, tokens_per_s) for change, changed in changes(profile)]
+    return sorted(workers.map(_after, cases), key=lambda row: -row.gain)
 
 
-def best_after(change: str, model: ModelSpec, changed: HardwareProfile, plan: Plan, tokens_per_s: float) -> WhatIf:
+def _after(here: Evaluator, case: tuple[str, HardwareProfile, Plan, float]) -> WhatIf:
     """The best of the plan at hand and a few that put the change to use."""
-    evaluator = Evaluator(model, changed)
+    change, changed, plan, tokens_per_s = case
+    model, evaluator = here.model, Evaluator(here.model, changed)
     space = full_space(model, changed, plan, plan.batch)
     # Adam may use cores that were not there before.
     threads = max(plan.adam_threads, *next(axis.values for axis in space.axes if axis.name == "adam_threads"))
