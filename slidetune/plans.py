@@ -100,7 +100,8 @@ class Plan:
 def problems(plan: Plan, model: ModelSpec) -> list[str]:
     """What is wrong with a plan for this model, one sentence a fault; empty when it is sound."""
     layers = len(model.layers)
-    sliding = layers - plan.resident_layers
+    # Not below 0: a count out of range is one fault, not one for each limit reckoned from it.
+    sliding = max(0, layers - plan.resident_layers)
     found = [
         f"{name} must be at least {least}, not {value}."
         for name, value, least in (
@@ -124,7 +125,7 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
     ]
     limits = (
         (
-            plan.prefetch > plan.window - 1,
+            plan.prefetch > max(0, plan.window - 1),
             f"prefetch ({plan.prefetch}) must be below window ({plan.window}).",
         ),
         (
@@ -136,7 +137,7 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
             f"optimizer_nvme ({plan.optimizer_nvme}) exceeds the {sliding} layers that are not resident.",
         ),
         (
-            plan.weights_nvme > plan.optimizer_nvme,
+            plan.weights_nvme > max(0, plan.optimizer_nvme),
             f"weights_nvme ({plan.weights_nvme}) exceeds optimizer_nvme ({plan.optimizer_nvme}), "
             "of which it is a part.",
         ),

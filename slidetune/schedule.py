@@ -76,16 +76,12 @@ class Pool:
 
 
 class Hold(NamedTuple):
-    """A slot owned from the start of task `first` to the end of the last of `last`.
-
-    With `into_next`, `last` is a task of the next step.
-    """
+    """A slot owned from the start of task `first` to the end of the last of `last`, all of one step."""
 
     pool: int
     slot: int
     first: int
     last: tuple[int, ...]
-    into_next: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
