@@ -1,0 +1,36 @@
+"""The global gradient norm. Squares are summed in fp64, so the order in which gradients come does not show in the
+fp32 factor that they lead to."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from slidetune.runtime.steps import Step
+
+# Elements squared at once: bounds the fp64 copy.
+_PIECE = 1 << 22
+_EPS = 1e-6
+
+
+def add_squares(step: Step, values: Tensor) -> None:
+    """Add the squares of a bf16 gradient to the step's, on the gradient's device and stream."""
+    for piece in values.split(_PIECE):
+        step.squares.add_(piece.double().square_().sum())
+
+
+def gradient_norm(step: Step) -> float:
+    """The norm of all gradients of a step; all of them must be there. Waits for the device."""
+    return math.sqrt(float(step.squares) + step.host_squares)
+
+
+def gradient_scale(step: Step, clip_norm: float | None) -> float:
+    """What the step's gradients are multiplied by: as torch's clip_grad_norm_, in fp32."""
+    if clip_norm is None:
+        return 1.0
+    if step.scale is None:
+        norm = torch.tensor(gradient_norm(step), dtype=torch.float32)
+        step.scale = float(torch.clamp(clip_norm / (norm + _EPS), max=1.0))
+    return step.scale

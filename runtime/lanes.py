@@ -1,0 +1,259 @@
+"""Lanes: one worker thread each, and on CUDA one stream each for the GPU's and the link's lanes.
+
+A lane runs its tasks in the schedule's order, step after step. Steps may overlap: a step is submitted while lanes
+still work on the one before.
+
+What "finished" means depends on who asks. On a stream a task is *passed* once it has been launched and its event
+recorded; another stream waits for the event, so launching never waits for the GPU. A host-side lane (Adam, NVMe)
+waits for the event itself, since it touches memory the stream writes. On the CPU every lane is host-side.
+
+Invariants: `passed` of a lane only grows; a task runs once all it waits for has passed; after a failure or a stop no
+further task starts, and every wait ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slidetune.errors import SlidetuneError
+from slidetune.schedule import D2H, GPU, H2D, Schedule
+
+if TYPE_CHECKING:
+    from slidetune.runtime.steps import Step
+
+STREAM_LANES = (GPU, H2D, D2H)
+
+
+class TaskFailed(SlidetuneError):
+    """A task of a step failed; `lane` and `task` (in words) say which, `__cause__` why."""
+
+    def __init__(self, lane: str, task: str, cause: BaseException) -> None:
+        reason = str(cause) or type(cause).__name__
+        super().__init__(f"lane {lane}, task {task}: {type(cause).__name__}: {reason}")
+        self.lane, self.task = lane, task
+
+
+class _Stopped(Exception):
+    """Ends a worker whose lane is told to stop."""
+
+
+class _Lane:
+    """A lane's queue and how far it has come. `passed` counts tasks since the first step."""
+
+    def __init__(self, name: str, tasks: list[int], device: torch.device) -> None:
+        self.name, self.tasks, self.count = name, tasks, len(tasks)
+        self.passed = 0
+        self.moved = threading.Condition()
+        self.waits: list[list[tuple[_Lane, int]]] = []
+        # Farthest point of each other lane this one has waited for already: streams are ordered.
+        self.seen: dict[str, int] = {}
+        self.stream: Any = None
+        self.events: list[Any] = []
+        if device.type == "cuda" and name in STREAM_LANES:
+            self.stream = torch.cuda.Stream(device)
+            # Two sets: an event is recorded anew only two steps later.
+            self.events = [torch.cuda.Event(blocking=True) for _ in range(2 * self.count)]
+
+    def event(self, passed: int) -> Any:
+        """The event of the task that made `passed` so large."""
+        return self.events[(passed - 1) % len(self.events)]
+
+
+class Lanes:
+    """Runs `operations[i](step)` for every task i of the schedule, for every step submitted.
+
+    `Step` objects are handed through as they are; with `step.times` set to a list, start and end of each task are
+    written there.
+    """
+
+    def __init__(
+        self, schedule: Schedule, operations: Sequence[Callable[[Step], None]], device: torch.device
+    ) -> None:
+        self.schedule, self.operations, self.device = schedule, operations, device
+        lane_tasks = schedule.lane_tasks()
+        self.lanes = {name: _Lane(name, tasks, device) for name, tasks in lane_tasks.items() if tasks}
+        self.failure: TaskFailed | None = None
+        self._stopping = False
+        self._steps: list[Step] = []
+        self._forgotten = 0
+        self._submitted = threading.Condition()
+        self._place = {
+            task: (lane, position) for lane in self.lanes.values() for position, task in enumerate(lane.tasks)
+        }
+        for lane in self.lanes.values():
+            lane.waits = [self._waits(lane, task) for task in lane.tasks]
+        self._intra_op_threads = torch.get_num_threads()
+        self._threads = [
+            threading.Thread(target=self._work, args=(lane,), name=f"slidetune {name}", daemon=True)
+            for name, lane in self.lanes.items()
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, step: Step) -> int:
+        """Queue a step; returns its sequence number. Raises TaskFailed if a task has failed before."""
+        self._raise_failure()
+        if self._stopping:
+            raise SlidetuneError("the lanes have stopped; no further step can run.")
+        with self._submitted:
+            self._steps.append(step)
+            self._forget_old()
+            self._submitted.notify_all()
+            return self._forgotten + len(self._steps) - 1
+
+    def wait(self, sequence: int, task: int) -> None:
+        """Wait until a task of a step has finished. Raises TaskFailed as soon as any task of any lane has failed."""
+        lane, position = self._place[task]
+        target = sequence * lane.count + position + 1
+        try:
+            self._await(lane, target)
+        except _Stopped:
+            self._raise_failure()
+            raise SlidetuneError("the lanes were stopped before the step was done.") from None
+        if lane.stream is not None:
+            lane.event(target).synchronize()
+
+    def drain(self) -> None:
+        """Wait until everything submitted has finished. Raises TaskFailed as `wait` does."""
+        last = self._forgotten + len(self._steps) - 1
+        for lane in self.lanes.values():
+            if last >= 0:
+                self.wait(last, lane.tasks[-1])
+
+    def stop(self) -> None:
+        """End all workers between two tasks and join them; may be called again."""
+        self._halt()
+        for thread in self._threads:
+            thread.join()
+
+    # ---- workers ------------------------------------------------------------------------------------------
+
+    def _work(self, lane: _Lane) -> None:
+        with contextlib.ExitStack() as stack:
+            task = lane.tasks[0]
+            try:
+                # A new thread has its own setting; results must not depend on which thread computes.
+                torch.set_num_threads(self._intra_op_threads)
+                if lane.stream is not None:
+                    stack.enter_context(torch.cuda.stream(lane.stream))
+                sequence = 0
+                while True:
+                    step = self._step(sequence)
+                    for position, task in enumerate(lane.tasks):  # noqa: B007
+                        self._wait_for_others(lane, position, sequence)
+                        self._run(lane, task, step)
+                    sequence += 1
+            except _Stopped:
+                pass
+            except BaseException as error:
+                self._fail(lane, task, error)
+
+    def _run(self, lane: _Lane, task: int, step: Step) -> None:
+        times = step.times
+        if lane.stream is None:
+            start = time.perf_counter()
+            self.operations[task](step)
+            if times is not None:
+                times[task] = (start, time.perf_counter())
+        else:
+            start = None
+            if times is not None:
+                start = torch.cuda.Event(enable_timing=True)
+                start.record(lane.stream)
+            self.operations[task](step)
+            end = lane.event(lane.passed + 1)
+            end.record(lane.stream)
+            if times is not None:
+                end = torch.cuda.Event(enable_timing=True)
+                end.record(lane.stream)
+                times[task] = (start, end)
+        with lane.moved:
+            lane.passed += 1
+            lane.moved.notify_all()
+
+    def _step(self, sequence: int) -> Step:
+        with self._submitted:
+            while sequence >= self._forgotten + len(self._steps):
+                if self._stopping:
+                    raise _Stopped
+                self._submitted.wait()
+            return self._steps[sequence - self._forgotten]
+
+    def _wait_for_others(self, lane: _Lane, position: int, sequence: int) -> None:
+        for other, offset in lane.waits[position]:
+            target = sequence * other.count + offset
+            if target <= lane.seen.get(other.name, 0):
+                continue
+            self._await(other, target)
+            lane.seen[other.name] = target
+            if other.stream is not None:
+                event = other.event(target)
+                if lane.stream is not None:
+                    lane.stream.wait_event(event)
+                else:
+                    event.synchronize()
+        if self._stopping:
+            raise _Stopped
+
+    def _await(self, lane: _Lane, target: int) -> None:
+        with lane.moved:
+            while lane.passed < target:
+                if self._stopping:
+                    raise _Stopped
+                lane.moved.wait()
+
+    def _waits(self, lane: _Lane, task: int) -> list[tuple[_Lane, int]]:
+        """Per other lane, how far it must have come: the last of the tasks waited for, since lanes are in order.
+        Counted from the start of the step; 0 or less is in the step before."""
+        farthest: dict[str, int] = {}
+        found = self.schedule.tasks[task]
+        for deps, back in ((found.after, 0), (found.after_previous, 1)):
+            for dep in deps:
+                other, position = self._place[dep]
+                if other is not lane:
+                    offset = position + 1 - back * other.count
+                    farthest[other.name] = max(farthest.get(other.name, offset), offset)
+        return [(self.lanes[name], offset) for name, offset in farthest.items()]
+
+    # ---- ends ---------------------------------------------------------------------------------------------
+
+    def _fail(self, lane: _Lane, task: int, error: BaseException) -> None:
+        if self.failure is None:
+            failure = TaskFailed(lane.name, self.describe(task), error)
+            failure.__cause__ = error
+            self.failure = failure
+        self._halt()
+
+    def _halt(self) -> None:
+        self._stopping = True
+        for condition in (self._submitted, *(lane.moved for lane in self.lanes.values())):
+            with condition:
+                condition.notify_all()
+
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            self.stop()
+            raise self.failure
+
+    def _forget_old(self) -> None:
+        """Let go of steps that every lane has left behind."""
+        done = min(lane.passed // lane.count for lane in self.lanes.values())
+        while self._forgotten < done and len(self._steps) > 1:
+            self._steps.pop(0)
+            self._forgotten += 1
+
+    def describe(self, task: int) -> str:
+        """A task in words: "adam of unit 3, chunk 1"."""
+        found = self.schedule.tasks[task]
+        words = f"{found.work.op} of unit {found.unit}"
+        if found.micro_batch >= 0:
+            words += f", micro-batch {found.micro_batch}"
+        if found.chunk >= 0:
+            words += f", chunk {found.chunk}"
+        return words
