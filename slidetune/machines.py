@@ -22,6 +22,7 @@ CATALOG = Path(__file__).parent / "catalog"
 DEFAULT_GPU = "rtx4090"
 DEFAULT_HOST = "workstation"
 COMMAND_LINE = "command line"
+KERNELS = ("eager", "liger")
 
 _SEE_GPUS = "See `slidetune gpus`."
 _LINK_EXAMPLES = "Examples: pcie4x16, gen5x8, 25.5 (GB/s achieved), 25.5/26.4 (up/down)."
@@ -228,40 +229,77 @@ def machine(
     link: str | Link | None = None,
     nvme: str | Nvme | None = "preset",
     gpu_memory_gib: float | None = None,
+    kernels: str | None = None,
 ) -> HardwareProfile:
     """A machine from catalog entries and what is known better.
 
-    `ram_gib` GiB of RAM; `cores` physical cores; `dram_gbs` peak DRAM bandwidth of all channels, GB/s; `link`
-    as for `parse_link` (default: the GPU's own); `nvme` as for `parse_nvme` (default: the preset's);
-    `gpu_memory_gib` caps what may be used of the GPU, context included. Raises `UnknownName` for names and
-    `SlidetuneError`, naming the flag, for figures no machine has.
+    `gpu` and `host` name catalog entries; the link is the GPU's own unless given. The rest as for `adapted`.
     """
     key = gpu_key(gpu)
     the_host = load_host(host)
-    if isinstance(link, str):
-        link = parse_link(link, key)
-    if isinstance(nvme, str):
-        nvme = preset_nvme(host) if nvme == "preset" else parse_nvme(nvme)
-    given = {"ram_gib": ("--ram", ram_gib), "cores": ("--cores", cores), "dram_gbs": ("--dram-bw", dram_gbs)}
-    changes = {field: _given(_positive(flag, value)) for field, (flag, value) in given.items() if value is not None}
-    the_host = dataclasses.replace(the_host, **changes)
-    if the_host.usable_bytes <= 0:
-        raise SlidetuneError(
-            f"--ram {ram_gib:g} GiB leaves no RAM to use.",
-            f"The process and the operating system alone take {the_host.process_gib.value:g} GiB.",
-        )
-    return HardwareProfile(
+    base = HardwareProfile(
         name=f"{key}-{the_host.name}",
-        gpu=_capped(_gpu(key), gpu_memory_gib),
-        link=link or default_link(key),
+        gpu=_gpu(key),
+        link=link if isinstance(link, Link) else default_link(key),
         host=the_host,
-        nvme=nvme,
+        nvme=preset_nvme(host),
+    )
+    return adapted(
+        base,
+        ram_gib=ram_gib,
+        cores=cores,
+        dram_gbs=dram_gbs,
+        link=link,
+        nvme=None if nvme == "preset" else nvme or "none",
+        gpu_memory_gib=gpu_memory_gib,
+        kernels=kernels,
     )
 
 
-def _capped(gpu: Gpu, cap_gib: float | None) -> Gpu:
-    if cap_gib is None:
-        return gpu
+def adapted(
+    profile: HardwareProfile,
+    *,
+    ram_gib: float | None = None,
+    cores: float | None = None,
+    dram_gbs: float | None = None,
+    link: str | Link | None = None,
+    nvme: str | Nvme | None = None,
+    gpu_memory_gib: float | None = None,
+    kernels: str | None = None,
+) -> HardwareProfile:
+    """The same machine with what is known better; None leaves things as they are.
+
+    `ram_gib` GiB of RAM; `cores` physical cores; `dram_gbs` peak DRAM bandwidth of all channels, GB/s; `link`
+    as for `parse_link`; `nvme` as for `parse_nvme`; `gpu_memory_gib` caps what may be used of the GPU, context
+    included; `kernels` "eager" (transformers' own) or "liger". Raises `SlidetuneError`, naming the flag, for
+    figures no machine has.
+    """
+    given = {"ram_gib": ("--ram", ram_gib), "cores": ("--cores", cores), "dram_gbs": ("--dram-bw", dram_gbs)}
+    changes = {field: _given(_positive(flag, value)) for field, (flag, value) in given.items() if value is not None}
+    host = dataclasses.replace(profile.host, **changes)
+    if host.usable_bytes <= 0:
+        raise SlidetuneError(
+            f"--ram {host.ram_gib.value:g} GiB leaves no RAM to use.",
+            f"The process and the operating system alone take {host.process_gib.value:g} GiB.",
+        )
+    gpu = profile.gpu if gpu_memory_gib is None else capped(profile.gpu, gpu_memory_gib)
+    if kernels is not None:
+        if kernels not in KERNELS:
+            raise UnknownName("kernels", kernels, KERNELS)
+        gpu = dataclasses.replace(gpu, kernels=kernels)
+    # A link read on this very GPU stays "measured".
+    key = next((key for key in gpu_names() if _gpu(key).name == profile.gpu.name), "")
+    return dataclasses.replace(
+        profile,
+        gpu=gpu,
+        host=host,
+        link=parse_link(link, key) if isinstance(link, str) else link or profile.link,
+        nvme=parse_nvme(nvme) if isinstance(nvme, str) else nvme or profile.nvme,
+    )
+
+
+def capped(gpu: Gpu, cap_gib: float) -> Gpu:
+    """The GPU with only `cap_gib` of its memory to use. Raises `SlidetuneError` for more than it has."""
     size = gpu.memory_gib.value
     if not 1 <= cap_gib <= size:
         raise SlidetuneError(
@@ -269,6 +307,12 @@ def _capped(gpu: Gpu, cap_gib: float | None) -> Gpu:
             "It caps what may be used of the card.",
         )
     return dataclasses.replace(gpu, memory_gib=_given(cap_gib))
+
+
+def memory_cap_gib(profile: HardwareProfile) -> float | None:
+    """The cap on GPU memory that the user set, if any."""
+    memory = profile.gpu.memory_gib
+    return memory.value if memory.source == COMMAND_LINE else None
 
 
 def _positive(flag: str, value: float) -> float:

@@ -2,9 +2,15 @@
 
 After arXiv 2603.16428 and its published code: two GPU cache units, each as large as the largest unit's weights
 and gradients; one thread and one stream carry both directions of the link, so nothing is duplex; masters are
-fp32, so the thread converts every unit to bf16 before each of its two uploads a step; one host gradient buffer,
-so a unit's gradient comes down only once Adam has emptied it of the last; every layer recomputes, every layer
-input goes to page-locked RAM; a barrier ends the step. It has no clipping, accumulation or NVMe optimizer here.
+fp32, so the thread converts every unit to bf16 before each of its two uploads a step, and converts the next one
+only when the last transfer has ended; one host gradient buffer, so a unit's gradient comes down only once Adam
+has emptied it of the last; every layer recomputes, every layer input goes to page-locked RAM; a barrier ends the
+step. It has no clipping, accumulation or NVMe optimizer here.
+
+Left out, since together they move a step by less than 2 %: activations have a stream of their own, the last
+layer's input stays on the GPU, and at most four gradient chunks wait for Adam.
+
+benchmarks/slideformer.py compares this with the published steps and peaks.
 """
 
 from __future__ import annotations
@@ -24,9 +30,15 @@ CHUNK_BYTES = 64 * MIB
 CONVERT_BYTES_PER_PARAM = 9.8
 # int64 ids and labels of a token.
 ID_BYTES = 16
-# Its fused loss takes the vocabulary in chunks as long as a 32nd of it, with fp32 logits: with seven tensors of
-# the hidden size beside them, that is the slope of its published peaks at batch 2 to 8.
-HEAD_TENSORS, LOGIT_CHUNKS, LOGIT_BYTES = 7, 32, 4
+# Its fused loss holds seven tensors of the hidden size (the slope of its published peaks at batch 2 to 8) and the
+# bf16 logits of two chunks: a chunk's name is bound anew only after the next one's product.
+HEAD_TENSORS, LOGIT_BYTES = 7, 2 * BF16_BYTES
+# Device-memory traffic of that loss. A logit: product, two passes of the loss and its gradient, two more products.
+# An element of the head's matrix and chunk: two products read it, a third reads and writes its gradient; and once a
+# step that gradient is cleared and added to the cache unit's.
+LOGIT_TRAFFIC, MATRIX_TRAFFIC, MATRIX_TRAFFIC_ONCE = 12.0, 8.0, 10.0
+# cuBLAS keeps 4096 KiB twice and 16 KiB eight times for each thread that multiplies: the forward's and autograd's.
+WORKSPACE_BYTES = 2 * (2 * 4096 + 8 * 16) * 1024
 # Its published RAM is this much above what masters, moments and page-locked buffers add up to.
 PROCESS_BYTES = int(1.57 * 2**30)
 
@@ -34,9 +46,14 @@ PROCESS_BYTES = int(1.57 * 2**30)
 def build_slideformer(
     model: ModelSpec, *, batch: int, seq_len: int, adam_threads: int, kernels: str = "liger"
 ) -> Schedule:
-    """The schedule of one SlideFormer step of `batch` sequences of `seq_len` tokens."""
-    if batch < 1 or seq_len < 1:
-        raise SlidetuneError(f"batch ({batch}) and seq_len ({seq_len}) must be at least 1.")
+    """The schedule of one SlideFormer step of `batch` sequences of `seq_len` tokens.
+
+    `adam_threads` CPU threads convert and update: all cores, as torch and OpenMP take them. Raises
+    `SlidetuneError` for sizes that make no step.
+    """
+    for name, value in (("batch", batch), ("seq_len", seq_len), ("adam_threads", adam_threads)):
+        if value < 1:
+            raise SlidetuneError(f"{name} ({value}) must be at least 1.")
     if seq_len > model.max_seq_len:
         raise SlidetuneError(f"seq_len ({seq_len}) exceeds the model's {model.max_seq_len} positions.")
     return _Step(model, batch, seq_len, adam_threads, kernels).build()
@@ -62,9 +79,14 @@ class _Step:
         self.holds: list[Hold] = []
         self.visits: list[int] = []
         self.works: dict[tuple, Work] = {}
+        self.pools = self._pools()
+        self.pool = {pool.name: i for i, pool in enumerate(self.pools)}
         # The two cache units: who must be done before each may be filled again.
         self.units: list[tuple[int, ...]] = [(), ()]
+        self.filled = [-1, -1]
         self.taken = 0
+        # The last weights or gradients the one thread sent, and Adam's last task.
+        self.sent: tuple[int, ...] = ()
         self.emptied: tuple[int, ...] = ()
 
     def build(self) -> Schedule:
@@ -77,7 +99,7 @@ class _Step:
             self._visit()
             upcoming = self._fetch(units[i + 1])
             done = self._emit(self._forward(unit, "forward"), unit, (ready, *((done,) if i else ())))
-            self.units[slot] = (done,)
+            self._release(slot, done)
             if unit.kind == "layer":
                 # A layer's input is what the unit before it left.
                 saved[i] = self._transfer("save", unit, self.hidden_bytes, (done,))
@@ -105,14 +127,16 @@ class _Step:
     def _fetch(self, unit: Unit) -> tuple[int, int]:
         """Convert a unit chunk by chunk and upload it into the next cache unit: (last upload, cache unit)."""
         slot, self.taken = self.taken % 2, self.taken + 1
-        free = self.units[slot]
-        upload = -1
+        after = (*self.units[slot], *self.sent)
+        first, upload = len(self.tasks), -1
         for params in self._chunks(self._weights(unit)):
             convert = self._work(
                 "convert", CONVERT, params=params, param_bytes=CONVERT_BYTES_PER_PARAM, threads=self.threads
             )
-            task = self._emit(convert, unit, free)
+            task = self._emit(convert, unit, after)
             upload = self._transfer("fetch", unit, BF16_BYTES * params, (task,))
+        self._hold("weight buffer", 0, first, upload)
+        self.filled[slot], self.sent = first, (upload,)
         return upload, slot
 
     def _fetch_back(self, unit: Unit, saved: dict[int, int]) -> tuple[int, int]:
@@ -120,18 +144,32 @@ class _Step:
         ready, slot = self._fetch(unit)
         if unit.kind == "layer":
             ready = self._transfer("load", unit, self.hidden_bytes, (saved[unit.index],))
+            self._hold("saved inputs", unit.index - 1, saved[unit.index], ready)
         return ready, slot
 
     def _send(self, unit: Unit, computed: int, slot: int) -> None:
-        """The gradient comes down once Adam has emptied the host's one gradient buffer, and is applied."""
-        store, adam = computed, ()
+        """The gradient comes down once Adam has emptied the host's one gradient buffer, and is applied.
+
+        A tied head's matrix is only kept, for Adam to apply with the embedding's gradient.
+        """
+        first, store, left = len(self.tasks), computed, unit.params
         after = (computed, *self.emptied)
         for chunk, params in enumerate(self._chunks(self._weights(unit))):
             store = self._transfer("store", unit, BF16_BYTES * params, after, chunk)
-            work = self._work("adam", CPU_ADAM, params=params, param_bytes=ADAM_BYTES_PER_PARAM, threads=self.threads)
-            adam = (self._emit(work, unit, (store,), chunk),)
-        self.emptied = adam
-        self.units[slot] = (store,)
+            if (updated := min(params, left)) > 0:
+                work = self._work(
+                    "adam", CPU_ADAM, params=updated, param_bytes=ADAM_BYTES_PER_PARAM, threads=self.threads
+                )
+                self.emptied = (self._emit(work, unit, (store,), chunk),)
+                left -= updated
+        self._hold("gradient buffer", 0, first, store, *self.emptied)
+        self._release(slot, store)
+        self.sent = (store,)
+
+    def _release(self, slot: int, reader: int) -> None:
+        """The cache unit may be filled again once `reader` is done."""
+        self._hold("cache units", slot, self.filled[slot], reader)
+        self.units[slot] = (reader,)
 
     def _weights(self, unit: Unit) -> int:
         """Elements that travel: a tied head's matrix too, the embedding whole."""
@@ -158,24 +196,33 @@ class _Step:
             flops=unit.backward_flops(self.batch, self.seq_len),
             traffic_bytes=2.0 * (costs.traffic_bytes * self.tokens + BF16_BYTES * unit.weight_elements),
             launches=round(BACKWARD_LAUNCHES * costs.launches),
-            # Beside a token's tensors, 0.110 GiB that its published peaks show at any batch.
-            working_bytes=per_token * self.tokens + (int(0.110 * 2**30) if layer else 0),
+            # Autograd makes a weight's gradient before it adds it to the cache unit's.
+            working_bytes=per_token * self.tokens + BF16_BYTES * unit.largest_tensor * layer,
         )
 
     def _head(self) -> Work:
         model, head = self.model, self.model.head
-        per_token = HEAD_TENSORS * BF16_BYTES * model.hidden_size + LOGIT_BYTES * model.vocab_size / LOGIT_CHUNKS
+        hidden = HEAD_TENSORS * BF16_BYTES * model.hidden_size * self.tokens
         matrix = BF16_BYTES * model.vocab_size * model.hidden_size
+        chunk = self._logit_tokens()
+        chunks = -(-self.tokens // chunk)
         costs = head.kernels(self.kernels)
         return self._work(
             "head",
             GPU,
             flops=3.0 * head.forward_flops(self.batch, self.seq_len),
-            traffic_bytes=24.0 * self.tokens * model.vocab_size + LOGIT_CHUNKS * 12.0 * head.weight_elements,
-            launches=LOGIT_CHUNKS * 3 * costs.launches,
+            traffic_bytes=LOGIT_TRAFFIC * model.vocab_size * self.tokens
+            + (MATRIX_TRAFFIC * chunks + MATRIX_TRAFFIC_ONCE) * head.weight_elements,
+            launches=chunks * 3 * costs.launches,
             # The fused loss makes a gradient of the head's matrix of its own.
-            working_bytes=int(matrix + per_token * self.tokens),
+            working_bytes=matrix + hidden + LOGIT_BYTES * model.vocab_size * chunk,
         )
+
+    def _logit_tokens(self) -> int:
+        """Tokens whose logits its fused loss (Liger's) takes at a time: about as many bytes as the hidden states."""
+        ratio = -(-self.model.vocab_size // self.model.hidden_size)
+        predicted = self.tokens - self.batch
+        return power_of_two(-(-predicted // ratio))
 
     # ---- plumbing -----------------------------------------------------------------------------------------
 
@@ -196,6 +243,9 @@ class _Step:
     def _transfer(self, op: str, unit: Unit, size: int, after: tuple[int, ...], chunk: int = -1) -> int:
         return self._emit(self._work(op, LINK, bytes=size), unit, after, chunk)
 
+    def _hold(self, pool: str, slot: int, first: int, *last: int) -> None:
+        self.holds.append(Hold(self.pool[pool], slot, first, last))
+
     def _emit(self, work: Work, unit: Unit, after: tuple[int, ...], chunk: int = -1) -> int:
         self.tasks.append(Task(work, unit.index, 0, chunk, after))
         return len(self.tasks) - 1
@@ -212,7 +262,7 @@ class _Step:
             name="slideformer",
             lanes=LANES,
             tasks=tuple(self.tasks),
-            pools=tuple(self._pools()),
+            pools=tuple(self.pools),
             holds=tuple(self.holds),
             tokens=self.tokens,
             visits=tuple(self.visits),
@@ -221,28 +271,20 @@ class _Step:
     def _pools(self) -> list[Pool]:
         model = self.model
         largest = max(self._weights(unit) for unit in model.units)
-        layers = len(model.layers)
+        buffer = power_of_two(BF16_BYTES * largest)
+        tied = power_of_two(BF16_BYTES * model.embedding.params) if model.tied else 0
+        rows = (
+            ("cache units", "gpu", 2, 2 * BF16_BYTES * largest, False),
+            ("workspaces", "gpu", 1, WORKSPACE_BYTES, False),
+            ("masters and moments", "ram", 1, STATE_BYTES_PER_PARAM * model.params, False),
+            ("gradient buffer", "ram", 1, buffer, True),
+            ("weight buffer", "ram", 1, buffer, True),
+            ("tied gradient", "ram", 1, tied, True),
+            ("saved inputs", "ram", len(model.layers), power_of_two(self.hidden_bytes), True),
+            ("process", "ram", 1, PROCESS_BYTES, False),
+        )
         return [
-            Pool(name="cache units", tier="gpu", slots=2, slot_bytes=2 * BF16_BYTES * largest),
-            Pool(
-                name="masters and moments",
-                tier="ram",
-                slots=1,
-                slot_bytes=STATE_BYTES_PER_PARAM * model.params,
-            ),
-            Pool(
-                name="gradient and weight buffers",
-                tier="ram",
-                slots=2,
-                slot_bytes=power_of_two(BF16_BYTES * largest),
-                page_locked=True,
-            ),
-            Pool(
-                name="saved inputs",
-                tier="ram",
-                slots=layers,
-                slot_bytes=power_of_two(self.hidden_bytes),
-                page_locked=True,
-            ),
-            Pool(name="process", tier="ram", slots=1, slot_bytes=PROCESS_BYTES),
+            Pool(name=name, tier=tier, slots=slots, slot_bytes=size, page_locked=locked)
+            for name, tier, slots, size, locked in rows
+            if size
         ]
