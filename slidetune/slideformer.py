@@ -54,6 +54,8 @@ def build_slideformer(
     for name, value in (("batch", batch), ("seq_len", seq_len), ("adam_threads", adam_threads)):
         if value < 1:
             raise SlidetuneError(f"{name} ({value}) must be at least 1.")
+    if kernels not in ("eager", "liger"):
+        raise SlidetuneError(f"kernels is {kernels!r}; it must be eager or liger.")
     if seq_len > model.max_seq_len:
         raise SlidetuneError(f"seq_len ({seq_len}) exceeds the model's {model.max_seq_len} positions.")
     return _Step(model, batch, seq_len, adam_threads, kernels).build()
