@@ -16,6 +16,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from slidetune.units import format_bytes
+
 HUGE_PAGE = 2 << 20
 _REGISTER_PORTABLE = 1
 
@@ -95,7 +97,7 @@ class Arena:
         if code:
             self._map = None
             raise RuntimeError(
-                f"{self.name}: CUDA refused to page-lock {_gib(size)} (cudaHostRegister returned {code}); "
+                f"{self.name}: CUDA refused to page-lock {format_bytes(size)} (cudaHostRegister returned {code}); "
                 "the limit on locked memory (ulimit -l) or the RAM may be too small"
             )
         self.pinned = True
@@ -120,18 +122,14 @@ def _map(nbytes: int, name: str) -> tuple[mmap.mmap, int]:
     """A mapping and the offset in it of the first 2 MiB boundary, with at least `nbytes` from there."""
     left = available_bytes()
     if nbytes > left:
-        raise MemoryError(f"{name} needs {_gib(nbytes)} of host memory; {_gib(left)} is available")
+        raise MemoryError(f"{name} needs {format_bytes(nbytes)} of host memory; {format_bytes(left)} is available")
     try:
         mapping = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise MemoryError(f"{name} needs {_gib(nbytes)} of host memory; the system refused: {error}") from error
+        raise MemoryError(f"{name} needs {format_bytes(nbytes)} of host memory; the system refused: {error}") from error
     start = -torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE
     # Cut the end off: where it went on, the last partial 2 MiB would be backed by a whole large page.
     mapping.resize(start + nbytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping, start
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from slidetune.units import format_bytes
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -30,6 +32,9 @@ _RAM_FILE_SYSTEMS = {"tmpfs", "ramfs"}
 
 class NvmeError(OSError):
     """An operation on a file of the NVMe tier failed; the text names operation, file and cause."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 class NvmeFile:
@@ -212,20 +217,27 @@ def _create(path: Path, nbytes: int, direct: bool) -> int:
         space = os.statvfs(path.parent)
         free = space.f_bavail * space.f_frsize
         if nbytes > free:
-            raise OSError(errno.ENOSPC, f"disk full: {nbytes} bytes needed, {free} free")
+            raise OSError(errno.ENOSPC, f"disk full: {format_bytes(nbytes)} needed, {format_bytes(free)} free")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.unlink(path)
             # Before O_DIRECT is on: where the file system cannot allocate, libc writes single bytes.
             os.posix_fallocate(fd, 0, nbytes)
             if direct:
-                fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+                _bypass_cache(fd)
         except BaseException:
             os.close(fd)
             raise
     except OSError as error:
         raise NvmeError(error.errno, f"NVMe file {path} cannot be made: {error.strerror or error}") from error
     return fd
+
+
+def _bypass_cache(fd: int) -> None:
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+    except OSError as error:
+        raise OSError(error.errno, "its file system offers no direct access (O_DIRECT)") from error
 
 
 def _refuse_ram(folder: Path) -> None:

@@ -20,32 +20,40 @@ of the other sign: 0x7FFFFFFF is CUDA's NaN). `adam_step` therefore stores each 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 _HALF_BITS = 16
+# Elements at once.
+_BLOCK = 1 << 22
 
 
 def split(master: Tensor, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """The bf16 half and the int16 remainder of an fp32 tensor of any shape, on its device.
 
-    `out` receives them when given (bf16 and int16 of the same shape, such as views of an arena).
+    `out` receives them when given: contiguous bf16 and int16 tensors of as many elements, such as views of an arena.
+    The temporaries are then of one block, whatever the size.
 
     Raises:
         TypeError: if `master` is not fp32 or `out` has other dtypes.
+        ValueError: if `out` is not contiguous or of another size.
     """
     _require(master, torch.float32, "master")
-    bits = master.detach().view(torch.int32)
-    # No addition of 0x8000 to the whole word: it may pass 2**31, which C leaves undefined.
-    half = ((bits >> _HALF_BITS) + ((bits >> (_HALF_BITS - 1)) & 1)).to(torch.int16).view(torch.bfloat16)
     if out is None:
-        return half, bits.to(torch.int16)
-    high, low = out
-    _require(high, torch.bfloat16, "out[0]")
-    _require(low, torch.int16, "out[1]")
-    high.copy_(half)
-    low.copy_(bits)
-    return high, low
+        out = (
+            torch.empty(master.shape, dtype=torch.bfloat16, device=master.device),
+            torch.empty(master.shape, dtype=torch.int16, device=master.device),
+        )
+    _require(out[0], torch.bfloat16, "out[0]", like=master)
+    _require(out[1], torch.int16, "out[1]", like=master)
+    for part, high, low in _blocks(master.detach(), *out):
+        bits = part.view(torch.int32)
+        # No addition of 0x8000 to the whole word: it may pass 2**31, which C leaves undefined.
+        high.view(torch.int16).copy_((bits >> _HALF_BITS) + ((bits >> (_HALF_BITS - 1)) & 1))
+        low.copy_(bits)
+    return out
 
 
 def join(high: Tensor, low: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -53,14 +61,18 @@ def join(high: Tensor, low: Tensor, *, out: Tensor | None = None) -> Tensor:
 
     Raises:
         TypeError: if `high` is not bf16, `low` not int16 or `out` not fp32.
+        ValueError: if the sizes differ or `out` is not contiguous.
     """
     _require(high, torch.bfloat16, "high")
     _require(low, torch.int16, "low")
-    bits = (high.detach().view(torch.int16).to(torch.int32) << _HALF_BITS).add_(low)
+    if low.numel() != high.numel():
+        raise ValueError(f"high has {high.numel()} elements, low {low.numel()}")
     if out is None:
-        return bits.view(torch.float32)
-    _require(out, torch.float32, "out")
-    return out.copy_(bits.view(torch.float32))
+        out = torch.empty(high.shape, dtype=torch.float32, device=high.device)
+    _require(out, torch.float32, "out", like=high)
+    for part, upper, lower in _blocks(out, high.detach(), low.detach()):
+        part.view(torch.int32).copy_((upper.view(torch.int16).to(torch.int32) << _HALF_BITS).add_(lower))
+    return out
 
 
 def quiet_nans(master: Tensor) -> Tensor:
@@ -69,6 +81,14 @@ def quiet_nans(master: Tensor) -> Tensor:
     return master.masked_fill_(master.isnan(), float("nan"))
 
 
-def _require(tensor: Tensor, dtype: torch.dtype, name: str) -> None:
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, flat, cut into pieces that bound the temporaries."""
+    return zip(*(tensor.reshape(-1).split(_BLOCK) for tensor in tensors), strict=True)
+
+
+def _require(tensor: Tensor, dtype: torch.dtype, name: str, like: Tensor | None = None) -> None:
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, not {tensor.dtype}")
+    # Written through a flat view, which only a contiguous tensor has.
+    if like is not None and (not tensor.is_contiguous() or tensor.numel() != like.numel()):
+        raise ValueError(f"{name} must be contiguous, of {like.numel()} elements, not {tuple(tensor.shape)}")
