@@ -72,15 +72,14 @@ class Lanes:
     written there.
     """
 
-    def __init__(
-        self, schedule: Schedule, operations: Sequence[Callable[[Step], None]], device: torch.device
-    ) -> None:
+    def __init__(self, schedule: Schedule, operations: Sequence[Callable[[Step], None]], device: torch.device) -> None:
         self.schedule, self.operations, self.device = schedule, operations, device
         lane_tasks = schedule.lane_tasks()
         self.lanes = {name: _Lane(name, tasks, device) for name, tasks in lane_tasks.items() if tasks}
         self.failure: TaskFailed | None = None
         self._stopping = False
         self._steps: list[Step] = []
+        self._clock: tuple[Any, float] = (None, 0.0)
         self._forgotten = 0
         self._submitted = threading.Condition()
         self._place = {
@@ -126,11 +125,28 @@ class Lanes:
             if last >= 0:
                 self.wait(last, lane.tasks[-1])
 
+    def seconds(self, times: list) -> list[tuple[float, float]]:
+        """A finished step's noted times as seconds of `time.perf_counter`."""
+        return [tuple(self._seconds(moment) for moment in pair) for pair in times]
+
     def stop(self) -> None:
         """End all workers between two tasks and join them; may be called again."""
         self._halt()
         for thread in self._threads:
             thread.join()
+
+    def _seconds(self, moment: Any) -> float:
+        if isinstance(moment, float):
+            return moment
+        return self._clock[1] + self._clock[0].elapsed_time(moment) * 1e-3
+
+    def set_clock(self) -> None:
+        """Tie the device's clock to the host's, from time to time: events count from here in 32 bits."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            event.synchronize()
+            self._clock = (event, time.perf_counter())
 
     # ---- workers ------------------------------------------------------------------------------------------
 
@@ -145,7 +161,7 @@ class Lanes:
                 sequence = 0
                 while True:
                     step = self._step(sequence)
-                    for position, task in enumerate(lane.tasks):  # noqa: B007
+                    for position, task in enumerate(lane.tasks):
                         self._wait_for_others(lane, position, sequence)
                         self._run(lane, task, step)
                     sequence += 1
@@ -242,9 +258,9 @@ class Lanes:
             raise self.failure
 
     def _forget_old(self) -> None:
-        """Let go of steps that every lane has left behind."""
+        """Let go of steps that every lane has left behind, but for two: their GPU work may still be under way."""
         done = min(lane.passed // lane.count for lane in self.lanes.values())
-        while self._forgotten < done and len(self._steps) > 1:
+        while self._forgotten < done and len(self._steps) > 2:
             self._steps.pop(0)
             self._forgotten += 1
 

@@ -59,16 +59,20 @@ class Layout:
 
     @classmethod
     def packed(cls, entries: Iterable[Entry]) -> Layout:
-        """Entries given their places."""
+        """Entries given their places, in the order that suits the update best."""
         kinds: list[AdamW | None] = []
         entries = list(entries)
         for entry in entries:
             if entry.hyper is not None and entry.hyper not in kinds:
                 kinds.append(entry.hyper)
         kinds.append(None)
-        ordered = sorted(entries, key=lambda e: (kinds.index(e.hyper), e.numel % _ALIGNED != 0))
+        return cls.in_order(sorted(entries, key=lambda e: (kinds.index(e.hyper), e.numel % _ALIGNED != 0)))
+
+    @classmethod
+    def in_order(cls, entries: Iterable[Entry]) -> Layout:
+        """Entries given their places in the order in which they come; frozen ones must come last."""
         placed, start = [], 0
-        for entry in ordered:
+        for entry in entries:
             placed.append(Entry(name=entry.name, shape=entry.shape, hyper=entry.hyper, start=start))
             start += entry.numel
         return cls(tuple(placed))

@@ -150,9 +150,7 @@ def place_masters(
     for layout, place in zip(layouts, places, strict=True):
         if place is not None and place.resident:
             high = device.take_high(layout.total)
-            masters.append(
-                Master(layout=layout, tier="gpu", high=high, state=device.take_state(layout.trained, high))
-            )
+            masters.append(Master(layout=layout, tier="gpu", high=high, state=device.take_state(layout.trained, high)))
         elif place is not None and place.optimizer == "nvme":
             whole_unit = place.weights == "nvme"
             drive = OnDrive(file, file_offset, layout, chunk, whole_unit)

@@ -6,12 +6,14 @@ slot moves something there, later tasks find it. What comes out is one function 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from slidetune import buffers
 from slidetune.model import ModelSpec
@@ -230,7 +232,7 @@ class Operations:
         part, parts = task.chunk, self.parts_of_rows["rows"]
 
         def run(step: Step) -> None:
-            source = step.owed if self.rows_late else step
+            source = step.source(late=self.rows_late)
             if source is None or not source.good or step.rows is None:
                 return
             ids = step.rows.tensor_split(parts)[part]
@@ -243,7 +245,7 @@ class Operations:
         part, parts = task.chunk, self.parts_of_rows["rest"]
 
         def run(step: Step) -> None:
-            source = step.owed if self.rows_late else step
+            source = step.source(late=self.rows_late)
             if source is None or not source.good:
                 return
             but = step.rows if step.rows is not None else torch.zeros(0, dtype=torch.long)
@@ -312,6 +314,8 @@ class Operations:
 
         def run(step: Step) -> None:
             batch = step.micro_batches[m]
+            if i == 0 and m == 0 and step.prepared is not None:
+                torch.cuda.current_stream(self.device).wait_event(step.prepared)
             pointed.point(weights)
             x = _as_hidden(source, batch.shape, self.spec.hidden_size)
             if inner is None:
@@ -319,9 +323,9 @@ class Operations:
                     out = self._layer(step, i, m, x)
             else:
                 x.requires_grad_()
-                with torch.enable_grad(), inner.collecting(step, (i, m), x, weights):
+                with torch.enable_grad(), inner.collecting(batch.shared, x, weights):
                     out = self._layer(step, i, m, x)
-                step.graphs[i, m] = (x, out)
+                step.graphs[i, m] = (x, get_gradient_edge(out))
             with torch.no_grad():
                 _as_hidden(target, batch.shape, self.spec.hidden_size).copy_(out.detach())
 
@@ -342,7 +346,7 @@ class Operations:
             pointed.point(weights)
             x = _as_hidden(source, step.micro_batches[m].shape, self.spec.hidden_size).requires_grad_()
             with torch.enable_grad():
-                step.graphs[i, m] = (x, self._layer(step, i, m, x))
+                step.graphs[i, m] = (x, get_gradient_edge(self._layer(step, i, m, x)))
 
         return run
 
@@ -363,17 +367,19 @@ class Operations:
             shape = step.micro_batches[m].shape
             x, out = step.graphs.pop((i, m))
             pointed.collect_into(gradient, fresh=m == 0)
-            if inner is not None:
-                inner.bring_back(step, (i, m), _as_hidden(source, shape, self.spec.hidden_size), weights)
             upward = _as_hidden(upstream, shape, self.spec.hidden_size)
-            torch.autograd.backward(out, upward)
+            again = contextlib.nullcontext()
+            if inner is not None:
+                again = inner.brought_back(_as_hidden(source, shape, self.spec.hidden_size), weights)
+            with again:
+                torch.autograd.backward(out, upward)
             if m == 0:
                 pointed.finish_collecting()
             upward.copy_(x.grad)
             if keeps is not None:
                 keeps.copy_(gradient)
             if place.resident and last and self.plan.clip_norm is not None:
-                add_squares(step, keeps)
+                add_squares(step.squares[1], keeps)
 
         return run
 
@@ -473,13 +479,13 @@ class Operations:
 
     def _save_inner(self, index: int, task: Task) -> Operation:
         key = task.unit - 1, task.micro_batch
-        inner = self.inner[key]
-        return lambda step: inner.save(step, key)
+        inner, slot = self.inner[key], self._slot(index, "inner activations (RAM)", torch.uint8)
+        return lambda step: inner.save(slot)
 
     def _load_inner(self, index: int, task: Task) -> Operation:
         key = task.unit - 1, task.micro_batch
         inner = self.inner[key]
-        return lambda step: inner.load(step, key)
+        return lambda step: inner.load()
 
     # ---- gradients and updates ----------------------------------------------------------------------------
 
@@ -510,7 +516,7 @@ class Operations:
                 target.copy_(values[at : at + target.numel()], non_blocking=True)
                 at += target.numel()
             if self.plan.clip_norm is not None:
-                add_squares(step, values)
+                add_squares(step.squares[0], values)
 
         return run
 
@@ -545,7 +551,7 @@ class Operations:
         pieces = [(low - start, high - start, hyper) for low, high, hyper in master.layout.pieces(start, stop)]
 
         def run(step: Step) -> None:
-            source = step.owed if self.deferred else step
+            source = step.source(late=self.deferred)
             if source is None or not source.good:
                 return
             update = self._updater(source)
@@ -576,7 +582,7 @@ class Operations:
         gradient = self.waiting[unit] if self.deferred else self.gradient[unit]
 
         def run(step: Step) -> None:
-            source = step.owed if self.deferred else step
+            source = step.source(late=self.deferred)
             if source is None:
                 return
             if source.loss_event is not None:

@@ -1,7 +1,7 @@
 """The schedule's pools, allocated: on the device, in page-locked or plain RAM, and in one file on NVMe.
 
-Inner activations that are kept or in transit are the exception: autograd makes those tensors, so torch's allocator
-holds them and their pools are figures in the plan, not arenas.
+Inner activations on the device, kept or in transit, are the exception: autograd makes those tensors, so torch's
+allocator holds them and their pools are figures in the plan, not arenas.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from slidetune.schedule import Schedule
 # Slots start at multiples of this many bytes: what vector loads and matrix kernels want.
 GPU_ALIGNMENT = 512
 # Pools whose tensors autograd makes.
-AUTOGRADS = ("kept activations", "activations in transit", "inner activations (RAM)")
+AUTOGRADS = ("kept activations", "activations in transit")
 # Slots that O_DIRECT reads and writes, with room for the pieces in one slot to be aligned each.
 _DIRECT = ("state staging", "weight staging", "input staging")
 _DIRECT_PIECES = 4

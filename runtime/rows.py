@@ -54,9 +54,7 @@ class RowTables:
         self.rows = self.spans[-1][1] if self.spans else 0
         self._zeros = torch.zeros(0, dtype=torch.bfloat16)
 
-    def update_rows(
-        self, ids: Tensor, dense: Tensor | None, gradients: RowGradients | None, update: Update
-    ) -> None:
+    def update_rows(self, ids: Tensor, dense: Tensor | None, gradients: RowGradients | None, update: Update) -> None:
         """Update the rows `ids` (sorted): with their part of `dense` (bf16, flat, of all rows), if there is one, plus
         `gradients`, where they have one."""
         ids = ids[ids < self.rows]

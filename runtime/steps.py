@@ -30,6 +30,8 @@ class MicroBatch:
     """Per embedding table, each id's place among the step's rows; on the host."""
     shape: tuple[int, int]
     """Sequences and tokens."""
+    shared: set[int]
+    """Addresses of the storages in `calls`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,7 +56,8 @@ class Step:
     refused: bool = False
     """The loss was not finite: no update is made of it."""
     squares: Tensor | None = None
-    """fp64 sum of the squares of all gradients, on the device."""
+    """fp64 [2] on the device: sums of the squares of the gradients that come down, and of those that stay. One
+    each, since two streams add to them."""
     host_squares: float = 0.0
     """The part of it that is summed on the host."""
     scale: float | None = None
@@ -63,7 +66,10 @@ class Step:
     graphs: dict[tuple[int, int], Any] = field(default_factory=dict)
     """What autograd keeps, by layer and micro-batch."""
     compact_rows: list[Tensor] = field(default_factory=list)
+    prepared: Any = None
+    """CUDA event after which masks and labels are on the device."""
     loss_event: Any = None
+    """CUDA event after which `losses` are known."""
     times: list | None = None
     """(start, end) of every task where a trace is recorded."""
 
@@ -77,6 +83,12 @@ class Step:
         if self.losses is not None and not bool(torch.isfinite(self.losses).all()):
             self.refused = True
         return not self.refused
+
+    def source(self, *, late: bool) -> Step | None:
+        """The step whose gradients an update in this step applies, if there is any."""
+        if late:
+            return self.owed
+        return None if self.only_update else self
 
     def scaled(self, hyper: AdamW) -> AdamW:
         """Hyper-parameters with this step's learning rate."""

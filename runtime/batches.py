@@ -1,0 +1,101 @@
+"""A user's batch cut into micro-batches, with all that their passes through the model need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slidetune.errors import SlidetuneError
+from slidetune.plans import Plan
+from slidetune.runtime.binding import Call, Parts
+from slidetune.runtime.steps import MicroBatch
+
+IGNORED = -100
+_KNOWN = ("input_ids", "attention_mask", "position_ids", "labels")
+
+
+def checked(batch: Mapping[str, Any], plan: Plan, vocab_size: int) -> dict[str, Tensor]:
+    """The batch's tensors on the host, its labels among them. Raises SlidetuneError for one that the plan or the
+    model can't take.
+
+    Labels are as transformers has them: the ids themselves, unshifted, -100 where no loss is wanted. Without them
+    every token that is no padding is one.
+    """
+    unknown = [name for name, value in batch.items() if name not in _KNOWN and value is not None]
+    if unknown:
+        raise SlidetuneError(f"the batch has {', '.join(unknown)}; a step takes {', '.join(_KNOWN)}.")
+    if "input_ids" not in batch:
+        raise SlidetuneError("the batch has no input_ids.")
+    tensors = {name: torch.as_tensor(value).cpu() for name, value in batch.items() if value is not None}
+    ids = tensors["input_ids"]
+    if ids.dim() != 2 or ids.shape[0] != plan.batch or not 0 < ids.shape[1] <= plan.seq_len:
+        raise SlidetuneError(
+            f"input_ids are {tuple(ids.shape)}; the plan is for {plan.batch} sequences "
+            f"(micro_batch {plan.micro_batch} x accumulation {plan.accumulation}) of at most {plan.seq_len} tokens."
+        )
+    wrong = [name for name, tensor in tensors.items() if tensor.shape != ids.shape]
+    if wrong:
+        raise SlidetuneError(f"{', '.join(wrong)} must have the shape of input_ids, {tuple(ids.shape)}.")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise SlidetuneError(f"input_ids go from {int(ids.min())} to {int(ids.max())}; the vocabulary is {vocab_size}.")
+    if "labels" not in tensors:
+        labels = ids.clone()
+        if "attention_mask" in tensors:
+            labels[tensors["attention_mask"] == 0] = IGNORED
+        tensors["labels"] = labels
+    return tensors
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """What each position is to predict: the next label, and nothing at the end of a sequence."""
+    return nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
+
+
+def micro_batches(tensors: Mapping[str, Tensor], plan: Plan, parts: Parts, device: torch.device) -> tuple:
+    """(micro-batches, rows of the embedding tables they read, sorted, labels that count)."""
+    labels = shifted(tensors["labels"])
+    items = int((labels != IGNORED).sum())
+    if not items:
+        raise SlidetuneError("no label in this batch counts: all are -100, or sequences have one token.")
+    recorded = []
+    for m in range(plan.accumulation):
+        span = slice(m * plan.micro_batch, (m + 1) * plan.micro_batch)
+        inputs = {name: tensor[span] for name, tensor in tensors.items() if name != "labels"}
+        on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+        calls, ids = parts.record_calls(device, on_device)
+        recorded.append((span, inputs, calls, [i.cpu() for i in ids]))
+    bases, at = [], 0
+    for table in parts.tables:
+        bases.append(at)
+        at += table.rows
+    read = [torch.unique(torch.cat([r[3][t].flatten() for r in recorded])) for t in range(len(bases))]
+    result = [
+        MicroBatch(
+            inputs=inputs,
+            labels=labels[span].flatten().to(device, non_blocking=True),
+            calls=calls,
+            rows=[torch.searchsorted(known, one.contiguous()) for known, one in zip(read, ids, strict=True)],
+            shape=tuple(inputs["input_ids"].shape),
+            shared=_storages(calls),
+        )
+        for span, inputs, calls, ids in recorded
+    ]
+    return result, torch.cat([known + base for known, base in zip(read, bases, strict=True)]), items
+
+
+def _storages(calls: list[Call]) -> set[int]:
+    """Addresses of the storages of all tensors in the layers' arguments."""
+    found: set[int] = set()
+    waiting: list[Any] = [calls]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            found.add(value.untyped_storage().data_ptr())
+        elif isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple):
+            waiting.extend(value)
+    return found

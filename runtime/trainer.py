@@ -1,0 +1,381 @@
+"""`SlidingTrainer`: train a Hugging Face decoder-only model by a plan, inside anyone's loop.
+
+with SlidingTrainer(model, plan, optimizer=AdamW(lr=1e-5)) as trainer:
+    for batch in batches:
+        loss = trainer.step(batch)
+    model_weights = trainer.state_dict()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slidetune import buffers
+from slidetune.builder import build
+from slidetune.errors import DoesNotFit, SlidetuneError
+from slidetune.model import ModelSpec
+from slidetune.plans import Placement, Plan, place_layers
+from slidetune.runtime import batches, clipping
+from slidetune.runtime.adam import AdamW
+from slidetune.runtime.binding import Parts
+from slidetune.runtime.lanes import Lanes
+from slidetune.runtime.layout import Layout
+from slidetune.runtime.masters import Master, OnDrive, place_masters, read_master, write_master
+from slidetune.runtime.measured import trace_rows
+from slidetune.runtime.nvme import NvmeFile, aligned
+from slidetune.runtime.operations import Machine, Operations
+from slidetune.runtime.pointing import Pointed
+from slidetune.runtime.pools import Pools
+from slidetune.runtime.randomness import Randomness, draws_random_numbers
+from slidetune.runtime.rows import RowTables
+from slidetune.runtime.steps import Step
+from slidetune.runtime.unit_layouts import Rule, UnitLayout, read_values, unit_layouts
+from slidetune.schedule import Schedule
+from slidetune.trace import TraceRow
+from slidetune.units import format_bytes
+
+
+class NonFiniteLoss(SlidetuneError):
+    """A step's loss was NaN or infinite: the step was refused, the weights are as before it."""
+
+
+def decay_where_it_belongs(optimizer: AdamW) -> Rule:
+    """The default rule: weight decay for matrices, none for norms and biases."""
+    without = dataclasses.replace(optimizer, weight_decay=0.0)
+
+    def rule(name: str, parameter: Tensor) -> AdamW | None:
+        if not parameter.requires_grad:
+            return None
+        return optimizer if parameter.dim() > 1 and not name.endswith("bias") else without
+
+    return rule
+
+
+class SlidingTrainer:
+    """Trains `model` as `plan` says. A context manager; `close` gives all memory, threads and files back.
+
+    Args:
+        model: a transformers causal language model on the CPU. Its modules are used and its weights taken: it
+            can't compute on its own any more afterwards.
+        plan: for this model; every knob is honoured, or refused here.
+        optimizer: AdamW's hyper-parameters.
+        rule: (name, parameter) -> hyper-parameters of this parameter, None to freeze it. By default `optimizer`,
+            without weight decay for norms and biases; parameters with `requires_grad=False` are frozen.
+        device: a CUDA device, or the CPU, which runs the same lanes without streams. By default the first GPU.
+        nvme_folder: where the NVMe tier's file goes; needed if the plan uses that tier.
+        seed: of dropout.
+        trace: record when each task ran; see `trace`.
+        loss_chunk_tokens: tokens whose logits exist at a time; by default what the schedule assumes.
+
+    Raises:
+        SlidetuneError: for a plan, model or machine that don't go together, naming what is in the way.
+        DoesNotFit: if the plan needs more GPU memory than its cap or the device has.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        *,
+        optimizer: AdamW | None = None,
+        rule: Rule | None = None,
+        device: torch.device | str | None = None,
+        nvme_folder: str | Path | None = None,
+        seed: int = 0,
+        trace: bool = False,
+        loss_chunk_tokens: int | None = None,
+    ) -> None:
+        self.plan = plan
+        self.device = _device(device)
+        self.spec = spec_of(model, plan.model)
+        self.schedule: Schedule = build(self.spec, plan)
+        self._trace, self._rows = trace, []
+        self._recorded: list[Step] = []
+        self._recorded_before: list[Step] = []
+        self._pools: Pools | None = None
+        self._nvme: NvmeFile | None = None
+        self._lanes: Lanes | None = None
+        self._closed = False
+        self.parts = Parts(model, self.spec)
+        model.train()
+        rule = rule or decay_where_it_belongs(optimizer or AdamW())
+        self._check_memory()
+        try:
+            self._set_up(model, rule, nvme_folder, seed, loss_chunk_tokens)
+        except BaseException:
+            self.close()
+            raise
+        self.steps = 0
+        """Steps so far, refused ones included."""
+        self.updates = 0
+        """Optimizer updates made, or due to be made by the step under way."""
+        self._last: Step | None = None
+        self._owed: Step | None = None
+        self._head_task = max(i for i, task in enumerate(self.schedule.tasks) if task.work.op == "head")
+
+    # ---- the loop -----------------------------------------------------------------------------------------
+
+    def step(self, batch: Mapping[str, Any], *, lr_scale: float = 1.0) -> float:
+        """One optimizer step; returns its mean loss a label as soon as it is known.
+
+        Backward pass and update go on while the caller prepares the next batch. `batch`: input_ids, and if wanted
+        attention_mask, position_ids and labels, each [micro_batch * accumulation, tokens]. `lr_scale` multiplies
+        every learning rate.
+
+        Raises:
+            NonFiniteLoss: the step is refused, and the trainer goes on from the weights before it.
+            TaskFailed: a task failed, in this step or in what was left of the one before. The trainer has stopped.
+            SlidetuneError: for a batch that doesn't fit the plan.
+        """
+        if self._closed:
+            raise SlidetuneError("this trainer is closed.")
+        tensors = batches.checked(batch, self.plan, self.spec.vocab_size)
+        micro, rows, items = batches.micro_batches(tensors, self.plan, self.parts, self.device)
+        step = self._new_step(micro_batches=micro, rows=rows, items=items, lr_scale=lr_scale)
+        step.losses = torch.full((len(micro),), math.nan, pin_memory=self.device.type == "cuda")
+        if self.device.type == "cuda":
+            step.prepared = torch.cuda.Event()
+            step.prepared.record()
+        sequence = self._submit(step)
+        self._last = step
+        self._wait(sequence, self._head_task)
+        loss = float(step.losses.sum())
+        if not step.good:
+            raise NonFiniteLoss(
+                f"step {step.number}: the loss is {loss}. The step was refused: the weights are as before it.",
+                "Lower the learning rate, or look at this batch.",
+            )
+        self.updates += 1
+        self._owed = step
+        return loss
+
+    def finish(self) -> None:
+        """Wait until the last step's update is complete, the late parts included. Training may go on after it."""
+        if self._closed or self._lanes is None:
+            return
+        if self._owed is not None:
+            self._submit(self._new_step())
+            self._owed = None
+        try:
+            self._lanes.drain()
+        except BaseException:
+            self._lanes.stop()
+            raise
+        self._collect_trace()
+
+    def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """All parameters by their names in the model, on the host: the fp32 masters, or rounded to `dtype`."""
+        self.finish()
+        found: dict[str, Tensor] = {}
+        slot = self._staging()
+        for master in self._masters:
+            flat = read_master(master, slot)
+            for entry in master.layout.entries:
+                found[entry.name] = entry.of(flat).to(dtype).clone()
+        return found
+
+    def grad_norm(self) -> float | None:
+        """Norm of all gradients of the last step, before clipping; None if the plan doesn't clip. Waits for the
+        step."""
+        if self.plan.clip_norm is None or self._last is None:
+            return None
+        self._lanes.drain()
+        return clipping.gradient_norm(self._last)
+
+    @property
+    def trace(self) -> list[TraceRow]:
+        """When each task ran, in all steps that have finished so far; needs `trace=True`."""
+        if not self._trace:
+            raise SlidetuneError("no trace was recorded.", "Make the trainer with trace=True.")
+        self.finish()
+        return list(self._rows)
+
+    def close(self) -> None:
+        """End all threads and give all memory and files back; may be called again. What the last step still owes
+        is dropped: call `finish` first, or leave a `with` block, to have it."""
+        self._closed = True
+        if self._lanes is not None:
+            self._lanes.stop()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        for pointed in getattr(self, "_pointed", []):
+            if pointed is not None:
+                pointed.release()
+        self._masters = []
+        self._operations = None
+        if self._pools is not None:
+            self._pools.close()
+        if self._nvme is not None:
+            self._nvme.close()
+
+    def __enter__(self) -> SlidingTrainer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
+
+    # ---- plumbing -----------------------------------------------------------------------------------------
+
+    def _new_step(self, **known: Any) -> Step:
+        self.steps += bool(known)
+        step = Step(number=self.steps, update=self.updates + 1, owed=self._owed, **known)
+        step.squares = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if self._trace and known:
+            if not self._recorded:
+                self._lanes.set_clock()
+            step.times = [None] * len(self.schedule.tasks)
+            self._recorded.append(step)
+        return step
+
+    def _submit(self, step: Step) -> int:
+        try:
+            return self._lanes.submit(step)
+        except BaseException:
+            self._lanes.stop()
+            raise
+
+    def _wait(self, sequence: int, task: int) -> None:
+        try:
+            self._lanes.wait(sequence, task)
+        except BaseException:
+            # Also Ctrl-C: workers end between two tasks.
+            self._lanes.stop()
+            raise
+
+    def _check_memory(self) -> None:
+        needed = buffers.peak_bytes(self.spec, self.plan)["gpu"]
+        cap = self.plan.gpu_memory_bytes
+        if cap is not None and needed > cap:
+            raise DoesNotFit(
+                f"the plan needs {format_bytes(needed)} of GPU memory; its gpu_memory_gib allows {format_bytes(cap)}."
+            )
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            if needed > free:
+                raise DoesNotFit(
+                    f"the plan needs {format_bytes(needed)} of GPU memory; {format_bytes(free)} of "
+                    f"{format_bytes(total)} are free."
+                )
+            if cap is not None:
+                torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), self.device)
+
+    def _set_up(
+        self, model: nn.Module, rule: Rule, folder: str | Path | None, seed: int, loss_chunk: int | None
+    ) -> None:
+        spec, plan, parts = self.spec, self.plan, self.parts
+        places: list[Placement] = place_layers(plan, len(spec.layers))
+        units = unit_layouts(parts, rule)
+        _refuse_frozen(units)
+        layouts = [unit.owned for unit in units]
+        chunk = min(buffers.chunk_params(plan), max(max(u.params for u in spec.layers), 1))
+        self._nvme, inputs_at, offset = self._open_nvme(folder, layouts, places, chunk)
+        self._pools = Pools(self.schedule, self.device)
+        unit_places = [None, *places, None]
+        self._masters: list[Master] = place_masters(layouts, unit_places, self._pools, self._nvme, chunk, offset)
+        slot = self._staging()
+        for master in self._masters:
+            write_master(master, read_values(model, master.layout), slot)
+        self._pointed = [Pointed(unit.computed, unit.targets) if unit.targets else None for unit in units]
+        tokens = plan.micro_batch * plan.seq_len
+        machine = Machine(
+            spec=spec,
+            plan=plan,
+            places=places,
+            device=self.device,
+            pools=self._pools,
+            parts=parts,
+            pointed=self._pointed,
+            masters=self._masters,
+            tables=self._tables(layouts[0]),
+            randomness=Randomness(seed, self.device, draws_random_numbers(model)),
+            nvme=self._nvme,
+            inputs_at=inputs_at,
+            loss_chunk=loss_chunk or spec.loss_chunk_tokens(tokens),
+        )
+        # The model's own copies are not needed any more.
+        for pointed in self._pointed:
+            if pointed is not None:
+                pointed.release()
+        for table in parts.tables:
+            getattr(parts.base, table.name)._parameters["weight"] = None
+        model.to(self.device)
+        self._operations = Operations(self.schedule, machine)
+        self._lanes = Lanes(self.schedule, self._operations.run, self.device)
+
+    def _tables(self, layout: Layout) -> RowTables:
+        master = self._masters[0]
+        state = master.state
+        return RowTables(
+            state._replace(high=master.high),
+            self.spec.hidden_size,
+            [(entry.shape[0], entry.hyper) for entry in layout.entries],
+        )
+
+    def _staging(self) -> Tensor | None:
+        return self._pools.slot("state staging", 0, torch.uint8) if "state staging" in self._pools else None
+
+    def _open_nvme(
+        self, folder: str | Path | None, layouts: list[Layout], places: list[Placement], chunk: int
+    ) -> tuple[NvmeFile | None, dict[tuple[int, int], int], int]:
+        """The file of the NVMe tier, where saved inputs are in it, and where the units' state begins."""
+        plan = self.plan
+        hidden = aligned(self.spec.hidden_bytes(plan.micro_batch, plan.seq_len))
+        inputs = [
+            (i, m) for i, place in enumerate(places) if place.saved_input == "nvme" for m in range(plan.accumulation)
+        ]
+        offset = len(inputs) * hidden
+        size = offset + sum(
+            OnDrive.nbytes(layout, chunk, place.weights == "nvme")
+            for layout, place in zip(layouts[1:-1], places, strict=True)
+            if place.optimizer == "nvme"
+        )
+        if not size:
+            return None, {}, 0
+        if folder is None:
+            raise SlidetuneError("the plan uses the NVMe tier; where its file goes was not said.", "Give nvme_folder.")
+        if plan.weights_nvme and (2 * chunk) % 4096 and chunk < max(layout.total for layout in layouts[1:-1]):
+            raise SlidetuneError(f"with weights_nvme, chunk_bytes ({plan.chunk_bytes}) must be a multiple of 4096.")
+        return NvmeFile(folder, size), {key: n * hidden for n, key in enumerate(inputs)}, offset
+
+    def _collect_trace(self) -> None:
+        """Turn the recorded steps into rows; all of them must have finished."""
+        for step in self._recorded:
+            step.times = self._lanes.seconds(step.times)
+        self._rows += trace_rows(self.schedule, self._recorded, self._recorded_before)
+        self._recorded_before = self._recorded[-1:] or self._recorded_before
+        self._recorded = []
+
+
+def spec_of(model: nn.Module, name: str) -> ModelSpec:
+    """The ModelSpec of a transformers model. Raises SlidetuneError for a family it doesn't know."""
+    from slidetune.families import spec_from_config
+
+    return spec_from_config(model.config.to_dict(), name)
+
+
+def _refuse_frozen(units: list[UnitLayout]) -> None:
+    frozen = [entry.name for unit in units for entry in unit.computed.entries if entry.hyper is None]
+    if frozen:
+        raise SlidetuneError(f"frozen parameters are not supported yet: {', '.join(frozen[:3])}.")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type not in ("cuda", "cpu"):
+        raise SlidetuneError(f"device {device} is not supported; cuda and cpu are.")
+    return device

@@ -1,0 +1,92 @@
+"""The plain PyTorch loop that every plan must equal: no slots, no lanes, no schedule.
+
+bf16 forward and backward of the same transformers module by its own forward; an fp32 master and fp32 moments a
+parameter; AdamW. Gradients of several micro-batches add up in fp32 and are rounded to bf16, in which they travel.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from slidetune.runtime.adam import AdamW, adam_step
+from slidetune.runtime.split import join, split
+from slidetune.runtime.trainer import decay_where_it_belongs
+
+
+def make_model(config: dict[str, object], seed: int = 0) -> torch.nn.Module:
+    """A bf16 model of a config, with its random weights blown up a little: all of it must matter."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return model
+
+
+class PlainLoop:
+    """Trains a model the plain way. `step` returns the loss."""
+
+    def __init__(self, model, *, optimizer=None, rule=None, accumulation=1, clip_norm=None):
+        self.model = model.train()
+        self.accumulation, self.clip_norm = accumulation, clip_norm
+        rule = rule or decay_where_it_belongs(optimizer or AdamW())
+        self.hyper = {name: rule(name, p) for name, p in model.named_parameters()}
+        self.master = {name: p.detach().float() for name, p in model.named_parameters()}
+        self.first = {name: torch.zeros_like(p) for name, p in self.master.items()}
+        self.second = {name: torch.zeros_like(p) for name, p in self.master.items()}
+        self.updates = 0
+        self.norm = None
+
+    def step(self, batch, before_micro_batch=lambda m: None) -> float:
+        labels = batch.get("labels")
+        if labels is None:
+            labels = batch["input_ids"].clone()
+            if batch.get("attention_mask") is not None:
+                labels[batch["attention_mask"] == 0] = -100
+        items = int((labels[:, 1:] != -100).sum())
+        size = labels.shape[0] // self.accumulation
+        total, sums = 0.0, {}
+        for m in range(self.accumulation):
+            span = slice(m * size, (m + 1) * size)
+            inputs = {name: value[span] for name, value in batch.items() if name != "labels" and value is not None}
+            before_micro_batch(m)
+            loss = self.model(**inputs, labels=labels[span], num_items_in_batch=items, use_cache=False).loss
+            loss.backward()
+            total += loss.detach()
+            for name, parameter in self.model.named_parameters():
+                if parameter.grad is None:
+                    continue
+                gradient = parameter.grad.float()
+                sums[name] = sums[name] + gradient if name in sums else gradient
+                parameter.grad = None
+        self._update({name: value.to(torch.bfloat16) for name, value in sums.items()})
+        return float(total)
+
+    def _update(self, gradients) -> None:
+        self.updates += 1
+        scale = 1.0
+        self.norm = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
+        if self.clip_norm is not None:
+            scale = float(torch.clamp(self.clip_norm / (torch.tensor(self.norm) + 1e-6), max=1.0))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if self.hyper[name] is None:
+                    continue
+                gradient = gradients.get(name, torch.zeros_like(parameter)).flatten()
+                high, low = split(self.master[name].flatten())
+                adam_step(
+                    high,
+                    low,
+                    self.first[name].view(-1),
+                    self.second[name].view(-1),
+                    gradient,
+                    hyper=self.hyper[name],
+                    step=self.updates,
+                    grad_scale=scale,
+                )
+                self.master[name] = join(high, low).view(parameter.shape)
+                parameter.copy_(high.view(parameter.shape))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(self.master)
