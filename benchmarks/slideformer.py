@@ -24,6 +24,7 @@ from slidetune import files
 from slidetune.hardware import Figure, HardwareProfile
 from slidetune.machines import CATALOG, default_link, load_gpu, load_host, load_profile
 from slidetune.models import load_model
+from slidetune.schedule import Schedule
 from slidetune.simulator.engine import simulate
 from slidetune.simulator.predict import predict
 from slidetune.simulator.pricing import PriceList
@@ -50,7 +51,7 @@ def published() -> list[dict]:
     ]
 
 
-def schedule(model: str, batch: int, profile: HardwareProfile):
+def schedule(model: str, batch: int, profile: HardwareProfile) -> Schedule:
     """SlideFormer's step of `batch` sequences; Adam and conversion run on all cores."""
     threads = int(profile.host.cores.value)
     return build_slideformer(load_model(model), batch=batch, seq_len=SEQ_LEN, adam_threads=threads)

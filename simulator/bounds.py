@@ -13,6 +13,7 @@ LANE_NAMES = {
     NVME_READ: "NVMe reads",
     NVME_WRITE: "NVMe writes",
     "link": "transfers",
+    "convert": "conversion to bf16",
 }
 
 

@@ -264,6 +264,15 @@ def test_page_locked_memory_is_rounded_to_powers_of_two(size, rounded):
     assert power_of_two(size) == rounded
 
 
+@pytest.mark.parametrize("path", ["host.convert_gparams_per_core", "host.adam_gparams_per_core", "link.h2d_gbs"])
+def test_every_lane_can_be_the_one_that_limits(path):
+    slow = load_profile("slideformer-rtx4090").scaled(path, 0.05)
+    slowed = predict(step(), slow)
+    assert slowed.step_s > 1.5 * run().step_s
+    named = {"host.convert": "conversion to bf16", "host.adam": "CPU Adam", "link.h2d": "transfers"}
+    assert named[path.split("_")[0]] in slowed.limiter
+
+
 # --- Refused
 
 
