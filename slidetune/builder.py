@@ -280,8 +280,10 @@ class _Step:
         """The gradient of the embedding's rows comes down and, unless deferred, its rows are updated."""
         work = self._work("store", D2H, bytes=self.hidden_bytes)
         store = -1
+        # Where the last step's gradient was applied in this one, its place is free once all rows have it.
+        free = self.marks["rest updated",] if self.deferred or not self.model.tied else ()
         for m in self.micro_batches:
-            store = self._emit(work, EMBEDDING, (self.gradients[m],), m)
+            store = self._emit(work, EMBEDDING, (self.gradients[m], *free), m)
             self._release(self.inputs[len(self.layers), m][1], store)
         if self.model.tied and not self.deferred:
             self._update_embedding(self.touched, "rows", after=(store,))
