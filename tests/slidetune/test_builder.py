@@ -7,6 +7,7 @@ orders leads from its end to the other's start, whatever the durations.
 
 import dataclasses
 from collections import defaultdict
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -183,7 +184,7 @@ def test_visits_are_one_a_layer_and_micro_batch_each_way(drawn):
     schedule = build(model, plan)
     visits = schedule.visits
     assert visits[0] == 0
-    assert all(a < b < len(schedule.tasks) for a, b in zip(visits, visits[1:], strict=False))
+    assert all(a < b < len(schedule.tasks) for a, b in pairwise(visits))
     # Beside them the embedding's start and end, and the head.
     assert len(visits) == 2 * len(model.layers) * plan.accumulation + 3
 
@@ -203,7 +204,7 @@ def test_a_slot_is_taken_only_after_its_last_readers(drawn):
         of_slot[hold.pool, hold.slot].append(hold)
     for holds in of_slot.values():
         holds.sort(key=lambda hold: hold.first)
-        for hold, taker in zip(holds, holds[1:], strict=False):
+        for hold, taker in pairwise(holds):
             assert all(orders.before(task, taker.first) for task in hold.last)
         assert all(orders.before(task, holds[0].first, across=True) for task in holds[-1].last)
 
@@ -242,10 +243,10 @@ def test_every_task_that_computes_finds_its_inputs(drawn):
                 path = [ops["save", i][m], ops["load", i][m], task]
                 if place.saved_input == "nvme":
                     path[1:1] = [ops["write input", i][m], ops["read input", i][m]]
-                assert all(orders.before(a, b) for a, b in zip(path, path[1:], strict=False))
+                assert all(orders.before(a, b) for a, b in pairwise(path))
             if place.inner == "offload":
                 path = [ops["forward", i][m], ops["save inner", i][m], ops["load inner", i][m], task]
-                assert all(orders.before(a, b) for a, b in zip(path, path[1:], strict=False))
+                assert all(orders.before(a, b) for a, b in pairwise(path))
         before = ops["backward", i]
     for m, task in enumerate(ops["store", 0]):
         assert orders.before(before[m], task)
