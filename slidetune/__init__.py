@@ -20,7 +20,7 @@ _HOME = {
     "simulate": "slidetune.api",
     "simulate_policy": "slidetune.api",
     "fit": "slidetune.api",
-    "report": "slidetune.api",
+    "report": "slidetune.reporting",
     "machine": "slidetune.machines",
     "load_profile": "slidetune.machines",
     "load_model": "slidetune.models",

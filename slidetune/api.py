@@ -4,8 +4,9 @@
     priced = simulate(planned.plan, machine("rtx3090"))
     rows = fit(machine("rtx3060-12g"))
 
-`plan` searches, `simulate` prices a given plan, `fit` asks which models a machine can train, `report` draws. All
-raise `SlidetuneError` (`DoesNotFit`, `UnknownName`, `BadFile`) with a message that says what to do next.
+`plan` searches, `simulate` prices a given plan, `fit` asks which models a machine can train; `reporting.report`
+draws what they return. All raise `SlidetuneError` (`DoesNotFit`, `UnknownName`, `BadFile`) with a message that
+says what to do next.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from slidetune.tuner.whatif import WhatIf, whatif
 from slidetune.tuner.workers import Workers
 
 DEFAULT_MODEL = "llama-3.1-8b"
+DEFAULT_SEQ_LEN = 1024
 DEFAULT_TRIALS = 300
 # Enough for the expert plans and a look around them: `fit` does this for every model.
 FIT_TRIALS = 40
@@ -130,7 +132,7 @@ def plan(
     model: str | ModelSpec = DEFAULT_MODEL,
     profile: HardwareProfile | None = None,
     *,
-    seq_len: int = 1024,
+    seq_len: int = DEFAULT_SEQ_LEN,
     batch: int | None = None,
     clip_norm: float | None = None,
     objective: Objective = "throughput",
@@ -162,9 +164,7 @@ def plan(
     evaluator = Evaluator(model, profile)
     least = space.plan(smallest(space))
     if not evaluator.fits(least):
-        raise does_not_fit(
-            model, profile, least, f"even the plan for {model.name} that needs least on {profile.name}"
-        )
+        raise does_not_fit(model, profile, least, f"even the plan for {model.name} that needs least on {profile.name}")
     with Workers(evaluator) as workers:
         if exhaustive:
             found = enumerate_all(space, evaluator, workers, objective=objective, progress=progress)
@@ -193,7 +193,7 @@ def plan(
             prediction=prediction,
             plan=chosen.plan,
             interval=interval(chosen.plan, profile, chosen.worth.step_s, workers),
-            whatif=whatif(profile, chosen.plan, chosen.worth.tokens_per_s, workers),
+            whatif=whatif(profile, chosen.plan, workers),
             found=found,
             space=space,
             objective=objective,
@@ -225,7 +225,7 @@ def simulate(plan: Plan | str | Path, profile: HardwareProfile | None = None, *,
             prediction=prediction,
             plan=plan,
             interval=interval(plan, profile, prediction.step_s, workers),
-            whatif=whatif(profile, plan, prediction.tokens_per_s, workers),
+            whatif=whatif(profile, plan, workers),
         )
 
 
@@ -235,7 +235,7 @@ def simulate_policy(
     profile: HardwareProfile | None = None,
     *,
     batch: int = 1,
-    seq_len: int = 1024,
+    seq_len: int = DEFAULT_SEQ_LEN,
 ) -> Priced:
     """Price a published system's own policy ("slideformer") for a batch of sequences."""
     if policy not in POLICIES:
@@ -257,7 +257,7 @@ def fit(
     profile: HardwareProfile | None = None,
     models: Sequence[str] | None = None,
     *,
-    seq_len: int = 1024,
+    seq_len: int = DEFAULT_SEQ_LEN,
     trials: int = FIT_TRIALS,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Fit]:

@@ -133,7 +133,7 @@ def _changes_of_the_machine(model: ModelSpec, profile: HardwareProfile, plan: Pl
     if needs["nvme"] > profile.capacity_bytes("nvme"):
         texts.append(f"--nvme {math.ceil(needs['nvme'] / GB / 100) / 10:g}TB:READ/WRITE")
     yield "a machine with " + " and ".join(texts)
-    if profile.nvme is None:
+    if profile.nvme is None and needs["ram"] > profile.capacity_bytes("ram"):
         yield from _with_a_drive(model, profile, plan)
 
 

@@ -18,6 +18,7 @@ from slidetune.tuner.workers import Workers
 _TRIES = 4
 MORE_RAM_GIB, MORE_GPU_GIB, MORE_CORES = 32, 8, 8
 _ASSUMED = "what if"
+AS_IT_IS = "another plan, same machine"
 _DRIVE = Nvme(
     size_gb=Figure(2000.0, "given", _ASSUMED),
     read_gbs=Figure(7.0, "given", _ASSUMED),
@@ -33,7 +34,7 @@ class WhatIf:
     """Such as "+32 GiB RAM"."""
     tokens_per_s: float
     gain: float
-    """Share by which that is more than now."""
+    """Share by which that is more than the best plan found on the machine as it is."""
     plan: Plan
     """The best plan found there."""
 
@@ -61,15 +62,27 @@ def changes(profile: HardwareProfile) -> Iterator[tuple[str, HardwareProfile]]:
         yield "an NVMe drive twice as fast", _twice(profile, "nvme.read_gbs", "nvme.write_gbs")
 
 
-def whatif(profile: HardwareProfile, plan: Plan, tokens_per_s: float, workers: Workers) -> list[WhatIf]:
-    """Every change, the most helpful first. The batch stays the same, so that only speed is compared."""
-    cases = [(change, changed, plan, tokens_per_s) for change, changed in changes(profile)]
-    return sorted(workers.map(_after, cases), key=lambda row: -row.gain)
+def whatif(profile: HardwareProfile, plan: Plan, workers: Workers) -> list[WhatIf]:
+    """Every change, the most helpful first. The batch stays the same, so that only speed is compared.
+
+    A plan that isn't the best must not make every change look helpful: the first case is the machine as it is, and
+    where another plan is faster there, that is a row too.
+    """
+    cases = [(AS_IT_IS, profile, plan), *((change, changed, plan) for change, changed in changes(profile))]
+    (now, better), *reached = workers.map(_after, cases)
+    base = better[0]
+    rows = [
+        WhatIf(change=change, tokens_per_s=tokens, gain=tokens / base - 1.0, plan=best)
+        for (change, _, _), (_, (tokens, best)) in zip(cases[1:], reached, strict=True)
+    ]
+    if base > now:
+        rows.append(WhatIf(change=AS_IT_IS, tokens_per_s=base, gain=base / now - 1.0, plan=better[1]))
+    return sorted(rows, key=lambda row: -row.gain)
 
 
-def _after(here: Evaluator, case: tuple[str, HardwareProfile, Plan, float]) -> WhatIf:
-    """The best of the plan at hand and a few that put the change to use."""
-    change, changed, plan, tokens_per_s = case
+def _after(here: Evaluator, case: tuple[str, HardwareProfile, Plan]) -> tuple[float, tuple[float, Plan]]:
+    """Tokens/s of the plan at hand, and of the best among it and a few that put the change to use."""
+    _, changed, plan = case
     model, evaluator = here.model, Evaluator(here.model, changed)
     space = full_space(model, changed, plan, plan.batch)
     # Adam may use cores that were not there before.
@@ -84,8 +97,7 @@ def _after(here: Evaluator, case: tuple[str, HardwareProfile, Plan, float]) -> W
     fresh = [near.plan(point) for point in itertools.islice(starting_points(near, evaluator), _TRIES)]
     candidates = dict.fromkeys([plan, dataclasses.replace(plan, adam_threads=threads), *fresh])
     best = max(filter(evaluator.fits, candidates), key=lambda p: evaluator.worth(p).tokens_per_s)
-    reached = evaluator.worth(best).tokens_per_s
-    return WhatIf(change=change, tokens_per_s=reached, gain=reached / tokens_per_s - 1.0, plan=best)
+    return evaluator.worth(plan).tokens_per_s, (evaluator.worth(best).tokens_per_s, best)
 
 
 def _more(figure: Figure, amount: float) -> Figure:

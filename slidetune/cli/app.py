@@ -1,0 +1,60 @@
+"""The `slidetune` command. Each subcommand is a thin page over a function of `slidetune.api`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from slidetune import __version__
+from slidetune.cli.console import err
+from slidetune.cli.fit import fit
+from slidetune.cli.lists import gpus, models, schema
+from slidetune.cli.plan import plan
+from slidetune.cli.simulate import report, simulate
+from slidetune.errors import SlidetuneError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="slidetune",
+    help="Full-parameter fine-tuning on one GPU that cannot hold the model: predict the step, search the knobs, "
+    "explain what limits it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for command in (plan, simulate, report, fit, gpus, models, schema):
+    app.command()(command)
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line. A user's mistake ends with a message and exit code 2, never with a traceback."""
+    try:
+        app()
+    except SlidetuneError as error:
+        err.print(f"[bold red]Error:[/] {_plain(error.message)}")
+        if error.hint:
+            err.print(_plain(error.hint))
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        err.print("Stopped.")
+        sys.exit(INTERRUPTED)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
