@@ -22,7 +22,9 @@ parameters may differ by a last bit and with the vendor of the CPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,15 +58,16 @@ class Coefficients:
     decay: float
 
     @classmethod
+    @lru_cache(maxsize=64)
     def of(cls, hyper: AdamW, step: int, grad_scale: float) -> Coefficients:
         """Those of step number `step`, the first being 1."""
         weight = 1 - hyper.beta1
         # torch compares, and subtracts one, in fp32.
-        weight32 = torch.tensor(weight, dtype=torch.float32)
-        far = bool(weight32.abs() >= 0.5)
+        weight32 = np.float32(weight)
+        far = bool(abs(weight32) >= 0.5)
         return cls(
             grad_scale=grad_scale,
-            lerp=(weight32 - 1).item() if far else weight,
+            lerp=float(weight32 - np.float32(1)) if far else weight,
             lerp_from_grad=far,
             beta2=hyper.beta2,
             one_minus_beta2=1 - hyper.beta2,

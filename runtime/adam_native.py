@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sysconfig
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,6 @@ def step(
     path: str,
 ) -> None:
     """One update in place; arguments as `adam.adam_step` has checked them."""
-    values = _Coefficients(*(getattr(coefficients, name) for name, _ in _Coefficients._fields_))
     _library().slidetune_adam_step(
         _PATHS.index(path),
         threads,
@@ -69,8 +68,13 @@ def step(
         exp_avg_sq.data_ptr(),
         grad.data_ptr(),
         grad.dtype == torch.bfloat16,
-        ctypes.byref(values),
+        _struct_of(coefficients),
     )
+
+
+@lru_cache(maxsize=64)
+def _struct_of(coefficients: Coefficients) -> _Coefficients:
+    return _Coefficients(*(getattr(coefficients, name) for name, _ in _Coefficients._fields_))
 
 
 @cache
