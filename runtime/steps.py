@@ -53,6 +53,8 @@ class Step:
     """Multiplies every learning rate."""
     owed: Step | None = None
     """The step whose gradients are applied in this one, where the update is late."""
+    accepts_non_finite: bool = False
+    """Make an update even of a loss that is not finite."""
     refused: bool = False
     """The loss was not finite: no update is made of it."""
     squares: Tensor | None = None
@@ -80,7 +82,7 @@ class Step:
     @property
     def good(self) -> bool:
         """Whether an update may be made of its gradients; all losses must be known."""
-        if self.losses is not None and not bool(torch.isfinite(self.losses).all()):
+        if self.losses is not None and not self.accepts_non_finite and not bool(torch.isfinite(self.losses).all()):
             self.refused = True
         return not self.refused
 

@@ -72,6 +72,7 @@ class SlidingTrainer:
         nvme_folder: where the NVMe tier's file goes; needed if the plan uses that tier.
         seed: of dropout.
         trace: record when each task ran; see `trace`.
+        accept_non_finite: make updates of steps whose loss is NaN or infinite too.
         loss_chunk_tokens: tokens whose logits exist at a time; by default what the schedule assumes.
 
     Raises:
@@ -90,9 +91,11 @@ class SlidingTrainer:
         nvme_folder: str | Path | None = None,
         seed: int = 0,
         trace: bool = False,
+        accept_non_finite: bool = False,
         loss_chunk_tokens: int | None = None,
     ) -> None:
         self.plan = plan
+        self._accept_non_finite = accept_non_finite
         self.device = _device(device)
         self.spec = spec_of(model, plan.model)
         self.schedule: Schedule = build(self.spec, plan)
@@ -144,7 +147,8 @@ class SlidingTrainer:
             step.prepared = torch.cuda.Event()
             step.prepared.record()
         sequence = self._submit(step)
-        self._last = step
+        # This step applies what was owed; it owes nothing itself unless its loss is good.
+        self._last, self._owed = step, None
         self._wait(sequence, self._head_task)
         loss = float(step.losses.sum())
         if not step.good:
@@ -229,7 +233,13 @@ class SlidingTrainer:
 
     def _new_step(self, **known: Any) -> Step:
         self.steps += bool(known)
-        step = Step(number=self.steps, update=self.updates + 1, owed=self._owed, **known)
+        step = Step(
+            number=self.steps,
+            update=self.updates + 1,
+            owed=self._owed,
+            accepts_non_finite=self._accept_non_finite,
+            **known,
+        )
         step.squares = torch.zeros(2, dtype=torch.float64, device=self.device)
         if self._trace and known:
             if not self._recorded:

@@ -90,3 +90,51 @@ class PlainLoop:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return dict(self.master)
+
+
+def random_batches(config, plan, count, *, seed=1, padded=False):
+    """Batches of random ids; padded ones with gaps at both ends and labels left out."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (plan.batch, plan.seq_len)
+    for number in range(count):
+        batch = {"input_ids": torch.randint(3, config["vocab_size"], shape, generator=generator)}
+        if padded:
+            mask = torch.ones(shape, dtype=torch.long)
+            mask[0, -plan.seq_len // 3 :] = 0
+            mask[-1, : plan.seq_len // 5] = 0
+            batch["attention_mask"] = mask
+            if number % 2:
+                drop = torch.rand(shape, generator=generator) < 0.3
+                batch["labels"] = torch.where(drop | (mask == 0), -100, batch["input_ids"])
+        yield batch
+
+
+def run_both(config, plan, *, steps=3, padded=False, optimizer=None, folder=None, **trainer_options):
+    """Train a model by a plan and the plain way; returns (losses, weights) of both."""
+    from slidetune.runtime.trainer import SlidingTrainer
+
+    optimizer = optimizer or AdamW(lr=1e-2, weight_decay=0.1)
+    loop = PlainLoop(make_model(config), optimizer=optimizer, accumulation=plan.accumulation, clip_norm=plan.clip_norm)
+    with SlidingTrainer(
+        make_model(config), plan, optimizer=optimizer, device="cpu", nvme_folder=folder, **trainer_options
+    ) as trainer:
+        batches = random_batches(config, plan, steps, padded=padded)
+        losses = [(trainer.step(batch), loop.step(batch)) for batch in batches]
+        weights = trainer.state_dict()
+    return [a for a, _ in losses], weights, [b for _, b in losses], loop.state_dict()
+
+
+def assert_equal(result) -> None:
+    """Losses and weights are the same, bit for bit."""
+    losses, weights, plain_losses, plain_weights = result
+    assert losses == plain_losses
+    assert weights.keys() == plain_weights.keys()
+    differing = [name for name, value in plain_weights.items() if not torch.equal(weights[name], value)]
+    assert not differing
+
+
+def assert_close(result, tolerance: float) -> None:
+    """Losses and weights agree to an absolute tolerance."""
+    losses, weights, plain_losses, plain_weights = result
+    assert max(abs(a - b) for a, b in zip(losses, plain_losses, strict=True)) < tolerance
+    assert max(float((weights[n] - v).abs().max()) for n, v in plain_weights.items()) < tolerance

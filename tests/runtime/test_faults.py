@@ -1,0 +1,225 @@
+"""Whatever fails, the caller hears of it soon, by lane, task and cause, and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from slidetune.builder import build
+from slidetune.errors import DoesNotFit, SlidetuneError
+from slidetune.families import spec_from_config
+from slidetune.plans import Activations, Plan, Recompute
+from slidetune.runtime import arena
+from slidetune.runtime.lanes import Lanes, TaskFailed
+from slidetune.runtime.operations import Operations
+from slidetune.runtime.trainer import NonFiniteLoss, SlidingTrainer
+
+from ..slidetune.reference import SMALL_CONFIGS
+from .reference import PlainLoop, make_model, random_batches
+
+CONFIG = SMALL_CONFIGS["llama"]
+SIZES = {"seq_len": 16, "micro_batch": 1, "chunk_bytes": 1 << 16, "adam_threads": 1}
+# Every lane and every operation there is, in one plan.
+EVERYTHING = Plan(
+    model="llama",
+    resident_layers=1,
+    optimizer_nvme=2,
+    weights_nvme=1,
+    activations=Activations(gpu=1, nvme=1),
+    recompute=Recompute(keep=1, offload=1),
+    accumulation=2,
+    **SIZES,
+)
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("no_threads_left")]
+
+
+class Injected(Exception):
+    pass
+
+
+def inject(trainer, op, lane, action):
+    """Have the last task of this operation and lane do something else."""
+    tasks = trainer.schedule.tasks
+    index = max(i for i, task in enumerate(tasks) if (task.work.op, task.work.lane) == (op, lane))
+    trainer._operations.run[index] = action
+    return index
+
+
+def operations():
+    schedule = build(spec_from_config(CONFIG, "llama"), EVERYTHING)
+    return sorted({(task.work.op, task.work.lane) for task in schedule.tasks})
+
+
+def whole_step(trainer, batch):
+    """A step returns with its loss; what fails later shows at the next call."""
+    trainer.step(batch)
+    trainer.finish()
+
+
+def fail(step):
+    raise Injected("on purpose")
+
+
+@pytest.mark.parametrize(("op", "lane"), operations())
+def test_a_failure_in_any_task_of_any_lane(op, lane, tmp_path):
+    trainer = SlidingTrainer(make_model(CONFIG), EVERYTHING, device="cpu", nvme_folder=tmp_path)
+    batches = list(random_batches(CONFIG, EVERYTHING, 2))
+    trainer.step(batches[0])
+    index = inject(trainer, op, lane, fail)
+    began = time.monotonic()
+    with pytest.raises(TaskFailed, match="on purpose") as caught:
+        whole_step(trainer, batches[1])
+    assert time.monotonic() - began < 10
+    assert isinstance(caught.value.__cause__, Injected)
+    assert caught.value.lane == lane
+    assert f"{op} of unit {trainer.schedule.tasks[index].unit}" in str(caught.value)
+    with pytest.raises(TaskFailed):
+        trainer.step(batches[1])
+    trainer.close()
+    with pytest.raises(SlidetuneError, match="closed"):
+        trainer.step(batches[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+def test_a_failing_disk(operation, tmp_path):
+    trainer = SlidingTrainer(make_model(CONFIG), EVERYTHING, device="cpu", nvme_folder=tmp_path)
+
+    def refuse(*_):
+        raise OSError(errno.EIO, "the disk is gone")
+
+    setattr(trainer._nvme, operation, refuse)
+    # Operations hold the file's methods: bind them anew.
+    trainer._lanes.stop()
+    trainer._operations = Operations(trainer.schedule, trainer._operations.machine)
+    trainer._lanes = Lanes(trainer.schedule, trainer._operations.run, trainer.device)
+    with pytest.raises(TaskFailed, match="the disk is gone") as caught:
+        whole_step(trainer, next(random_batches(CONFIG, EVERYTHING, 1)))
+    assert caught.value.lane == f"nvme_{operation}"
+    trainer.close()
+
+
+def test_no_nvme_folder():
+    with pytest.raises(SlidetuneError, match="nvme_folder"):
+        SlidingTrainer(make_model(CONFIG), EVERYTHING, device="cpu")
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
+    class Full:
+        f_bavail, f_frsize = 1, 4096
+
+    monkeypatch.setattr(os, "statvfs", lambda _: Full)
+    with pytest.raises(OSError, match="disk full"):
+        SlidingTrainer(make_model(CONFIG), EVERYTHING, device="cpu", nvme_folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_ram(monkeypatch):
+    monkeypatch.setattr(arena, "available_bytes", lambda: 1000)
+    with pytest.raises(MemoryError, match="host memory"):
+        SlidingTrainer(make_model(CONFIG), Plan(model="llama", **SIZES), device="cpu")
+
+
+@pytest.mark.parametrize("update", ["backward", "forward"])
+def test_ctrl_c_stops_between_tasks(update):
+    plan = Plan(model="llama", update=update, **SIZES)
+    trainer = SlidingTrainer(make_model(CONFIG), plan, device="cpu")
+    started = threading.Event()
+    ended = threading.Event()
+
+    def slow(step):
+        started.set()
+        time.sleep(0.3)
+        ended.set()
+
+    inject(trainer, "forward", "gpu", slow)
+
+    def interrupt():
+        started.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, name="interrupter").start()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(next(random_batches(CONFIG, plan, 1)))
+    assert ended.is_set()
+    with pytest.raises(SlidetuneError, match="stopped"):
+        trainer.step(next(random_batches(CONFIG, plan, 1)))
+    trainer.close()
+
+
+@pytest.mark.parametrize("knobs", [{}, {"update": "forward"}, {"update": "forward", "clip_norm": 0.5}])
+def test_a_loss_that_is_no_number_changes_nothing(knobs):
+    plan = Plan(model="llama", optimizer_nvme=0, accumulation=2, **SIZES, **knobs)
+    model = make_model(CONFIG)
+    poison = 5
+    with torch.no_grad():
+        model.get_input_embeddings().weight[poison] = float("nan")
+    loop = PlainLoop(copy.deepcopy(model), accumulation=2, clip_norm=plan.clip_norm)
+    good = []
+    for batch in random_batches(CONFIG, plan, 4):
+        ids = batch["input_ids"]
+        good.append({"input_ids": ids.masked_fill(ids == poison, 6)})
+    bad = {"input_ids": good[0]["input_ids"].clone()}
+    bad["input_ids"][-1, 3] = poison
+    with SlidingTrainer(model, plan, device="cpu") as trainer:
+        for number, batch in enumerate(good):
+            if number in (0, 2):
+                with pytest.raises(NonFiniteLoss, match="refused"):
+                    trainer.step(bad)
+            assert trainer.step(batch) == loop.step(batch)
+        assert trainer.updates == 4
+        assert trainer.steps == 6
+        weights = trainer.state_dict()
+    for name, value in loop.state_dict().items():
+        assert torch.equal(weights[name].nan_to_num(7.0), value.nan_to_num(7.0)), name
+
+
+def test_a_loss_that_is_no_number_is_taken_if_told_so():
+    plan = Plan(model="llama", **SIZES)
+    model = make_model(CONFIG)
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with SlidingTrainer(model, plan, device="cpu", accept_non_finite=True) as trainer:
+        assert trainer.step(next(random_batches(CONFIG, plan, 1))) != 0
+        assert trainer.updates == 1
+
+
+def test_a_plan_for_another_model():
+    with pytest.raises(SlidetuneError, match="resident_layers"):
+        SlidingTrainer(make_model(CONFIG), Plan(model="llama", resident_layers=40, **SIZES), device="cpu")
+
+
+def test_a_cap_that_is_too_low():
+    with pytest.raises(DoesNotFit, match="gpu_memory_gib"):
+        SlidingTrainer(make_model(CONFIG), Plan(model="llama", gpu_memory_gib=1e-4, **SIZES), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": None}, "no input_ids"),
+        ({"input_ids": torch.ones(3, 16, dtype=torch.long)}, r"1 sequences"),
+        ({"input_ids": torch.ones(1, 17, dtype=torch.long)}, "at most 16 tokens"),
+        ({"input_ids": torch.full((1, 16), 320)}, "vocabulary is 320"),
+        ({"labels": torch.full((1, 16), -100)}, "no label"),
+        ({"labels": torch.ones(1, 4, dtype=torch.long)}, "labels must have the shape"),
+        ({"pixel_values": torch.ones(1)}, "pixel_values"),
+    ],
+)
+def test_batches_that_do_not_fit(change, message):
+    plan = Plan(model="llama", **SIZES)
+    with SlidingTrainer(make_model(CONFIG), plan, device="cpu") as trainer:
+        batch = {"input_ids": torch.ones(1, 16, dtype=torch.long)} | change
+        with pytest.raises(SlidetuneError, match=message):
+            trainer.step({k: v for k, v in batch.items() if v is not None})
+        # The trainer goes on.
+        assert trainer.step(next(random_batches(CONFIG, plan, 1))) > 0
