@@ -45,7 +45,10 @@ def write(path: str | Path, obj: Any) -> None:
     """Write a dataclass as YAML that `read` takes back. Raises `BadFile` where it can't be written."""
     import yaml
 
-    text = yaml.safe_dump(dump(obj), sort_keys=False, allow_unicode=True, width=110)
+    fields = dump(obj)
+    # YAML takes these for line ends inside plain text; escaped they stay what they are.
+    readable = not any(end in str(fields) for end in ("\\x85", "\\u2028", "\\u2029"))
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=readable, width=110)
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:

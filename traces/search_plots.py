@@ -123,13 +123,15 @@ def _mark_chosen(ax: Axes, chosen: tuple[float, float]) -> None:
     ax.annotate(
         f"chosen: batch {x:g}, {y:,.0f} tokens/s",
         (x, y),
-        xytext=(0, -16),
+        # Below and to the right, where no plan of a larger batch lies and few bounds come through.
+        xytext=(8, -18),
         textcoords="offset points",
-        ha="center",
+        ha="left",
         va="top",
         fontsize=style.SMALL,
         fontweight="bold",
         color=style.ALERT,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
     )
 
 

@@ -1,0 +1,36 @@
+# Two commands on a machine that has only Python: `make plan` plans, `make test` checks everything.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: plan test lint format clean
+
+plan: $(VENV)/planner.stamp
+	$(BIN)/slidetune plan --gpu rtx4090
+
+test: lint
+	$(BIN)/python -m pytest --numprocesses auto --durations 10
+
+lint: $(VENV)/everything.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/everything.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The planner alone is light: no torch.
+$(VENV)/planner.stamp: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+# torch first: its version is held, whatever transformers would take.
+$(VENV)/everything.stamp: $(VENV)/planner.stamp
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[runtime,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
