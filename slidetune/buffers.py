@@ -43,8 +43,9 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
     hidden = model.hidden_bytes(plan.micro_batch, plan.seq_len)
     inner = max(u.kernels(kernels).saved_bytes for u in model.layers) * plan.micro_batch * plan.seq_len
     largest = max(u.params for u in model.layers)
-    chunk = min(chunk_params(plan), max(largest, model.head.weight_elements))
+    chunk = max(1, min(chunk_params(plan), max(largest, model.head_gradient_elements)))
     vocab = model.embedding.params + model.head.params
+    frozen = model.embedding.frozen + model.head.frozen
     saved_in_ram = len(model.layers) - plan.activations.gpu - plan.activations.nvme
     deferred = plan.update == "forward"
     state_bytes = STATE_BYTES_PER_PARAM if held.whole_on_nvme else OPTIMIZER_BYTES_PER_PARAM
@@ -54,13 +55,13 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("gradients", min(GRADIENT_SLOTS, len(model.layers)), gradient_bytes(plan) * largest),
         ("head weights", 1, BF16_BYTES * model.head.weight_elements),
         # The chunked loss adds the head's gradient up over token chunks: always fp32.
-        ("head gradient", 1, FP32_BYTES * model.head.weight_elements),
+        ("head gradient", 1, FP32_BYTES * model.head_gradient_elements),
         ("rounded gradient", 2, BF16_BYTES * chunk),
         ("hidden states", micro_batches + LOAD_SLOTS, hidden),
         ("saved inputs", plan.activations.gpu * micro_batches, hidden),
         ("kept activations", plan.recompute.keep * micro_batches, inner),
         ("activations in transit", LOAD_SLOTS if plan.recompute.offload else 0, inner),
-        ("resident layers", 1, STATE_BYTES_PER_PARAM * held.resident),
+        ("resident layers", 1, STATE_BYTES_PER_PARAM * held.resident + BF16_BYTES * held.resident_frozen),
         ("resident weights", 1, BF16_BYTES * held.staying),
         ("resident gradients", 1 if deferred else 0, BF16_BYTES * held.resident),
     ]
@@ -68,7 +69,7 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         (
             "weights (bf16)",
             1,
-            BF16_BYTES * (held.by_cpu - held.whole_on_nvme + vocab),
+            BF16_BYTES * (held.in_ram + vocab + frozen),
         ),
         ("all gradients", 1 if deferred else 0, BF16_BYTES * (held.by_cpu + vocab)),
         ("gradient ring", 0 if deferred else -(-largest // chunk) + 2, BF16_BYTES * chunk),
@@ -77,7 +78,7 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("embedding rows", 2, micro_batches * hidden),
         ("saved inputs (RAM)", saved_in_ram * micro_batches, hidden),
         ("inner activations (RAM)", plan.recompute.offload * micro_batches, inner),
-        ("weight staging", 2 if held.whole_on_nvme else 0, BF16_BYTES * largest),
+        ("weight staging", 2 if held.whole_on_nvme else 0, BF16_BYTES * max(u.owned for u in model.layers)),
         ("input staging", micro_batches + 2 if plan.activations.nvme else 0, hidden),
     ]
     pageable = [
@@ -152,12 +153,15 @@ def peak_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> dict[str
 
 @dataclass(slots=True)
 class _HeldParams:
-    """Parameters of the layers by where a plan keeps them."""
+    """Parameters of the layers by where a plan keeps them: trained ones, and all where weights are counted."""
 
     resident: int = 0
+    resident_frozen: int = 0
     by_cpu: int = 0
-    staying: int = 0
     on_nvme: int = 0
+    staying: int = 0
+    """Frozen ones too, as in all that follow."""
+    in_ram: int = 0
     whole_on_nvme: int = 0
     sliding_layers: int = 0
     largest_sliding: int = 0
@@ -166,18 +170,20 @@ class _HeldParams:
 def _held_params(model: ModelSpec, plan: Plan) -> _HeldParams:
     held = _HeldParams()
     for unit, place in zip(model.layers, place_layers(plan, len(model.layers)), strict=True):
-        params = unit.params
         if place.resident:
-            held.resident += params
+            held.resident += unit.params
+            held.resident_frozen += unit.frozen
             continue
-        held.by_cpu += params
+        held.by_cpu += unit.params
         if place.weights == "gpu":
-            held.staying += params
+            held.staying += unit.owned
         else:
             held.sliding_layers += 1
-            held.largest_sliding = max(held.largest_sliding, params)
+            held.largest_sliding = max(held.largest_sliding, unit.owned)
         if place.optimizer == "nvme":
-            held.on_nvme += params
+            held.on_nvme += unit.params
         if place.weights == "nvme":
-            held.whole_on_nvme += params
+            held.whole_on_nvme += unit.owned
+        else:
+            held.in_ram += unit.owned
     return held

@@ -86,6 +86,8 @@ class _Step:
         self.deferred = plan.update == "forward"
         # Rows of the embedding a step reads. The others have no gradient from their use as input, so their
         # update need not wait for the end of the backward pass.
+        self.trains_rows = model.embedding.params > 0
+        self.tied = model.tied and self.trains_rows
         self.touched = distinct_rows(plan.tokens, model.vocab_size) / model.vocab_size
 
         self.pools = buffers.pools(model, plan, kernels)
@@ -135,7 +137,7 @@ class _Step:
         them, in a step whose gradients are already known to be good. (A tied matrix is read again by the head
         before that: its update is finished within the step, unless deferred.)
         """
-        late = self.deferred or not self.model.tied
+        late = self.trains_rows and (self.deferred or not self.tied)
         if late:
             self._update_embedding(self.touched, "rows", await_mark="norm" if self.deferred else "rows down")
         work = self._work("gather", H2D, bytes=self.hidden_bytes)
@@ -155,7 +157,7 @@ class _Step:
         self._bring(i + self.prefetch)
         unit, place = self.layers[i], self.placements[i]
         plan = self.plan
-        if place.resident and self.deferred:
+        if place.resident and self.deferred and unit.params:
             self._update_on_gpu(unit, await_norm=True)
         ready, slot = self._ready_weights(i)
         work = self._work(
@@ -191,7 +193,7 @@ class _Step:
         if count not in self.weights:
             self._bring_head()
         ready, slot = self._ready_weights(count)
-        gradient = self._take("head gradient")
+        gradient = self._take("head gradient") if model.head_gradient_elements else None
         flops = head.forward_flops(plan.micro_batch, plan.seq_len)
         tokens = plan.micro_batch * plan.seq_len
         chunks = -(-tokens // model.loss_chunk_tokens(tokens))
@@ -209,22 +211,22 @@ class _Step:
         held = None
         for m in self.micro_batches:
             source, _ = self.inputs[count, m]
-            task = self._emit(work, head.index, (source, *ready, *gradient[2]), m)
-            held = held or self._own(gradient, task)
+            task = self._emit(work, head.index, (source, *ready, *(gradient[2] if gradient else ())), m)
+            held = held or (self._own(gradient, task) if gradient else None)
             self.gradients[m] = task
         self._release(slot, task)
-        if model.tied:
+        if self.tied:
             self._send_tied_gradient(task, held)
         else:
             self._send_gradient(head, None, task, held)
-            if self.deferred:
+            if self.deferred and self.trains_rows:
                 self._update_embedding(1.0 - self.touched, "rest", after=self.marks["gathered",])
 
     def _backward_layer(self, i: int) -> None:
         unit, place, plan = self.layers[i], self.placements[i], self.plan
         self._bring_back(i - self.prefetch)
         ready, slot = self._ready_weights(i)
-        gradient = self._take("gradients")
+        gradient = self._take("gradients") if unit.params else None
         recomputed = place.inner == "recompute"
         costs = unit.kernels(self.kernels)
         again = self._work(
@@ -259,16 +261,18 @@ class _Step:
             else:
                 arrived, transit = self.inner.pop((i, m))
                 after += (arrived,)
-            task = self._emit(work, unit.index, after + gradient[2], m)
+            task = self._emit(work, unit.index, after + (gradient[2] if gradient else ()), m)
             self.gradients[m] = task
-            held = held or self._own(gradient, task)
+            held = held or (self._own(gradient, task) if gradient else None)
             self._release(saved, task)
             if not recomputed and transit is not None:
                 self._release(transit, task)
         if slot is not None:
             self._release(slot, task)
             del self.weights[i]
-        if not place.resident:
+        if not unit.params:
+            self.marks["computed", unit.index] = (task,)
+        elif not place.resident:
             self._send_gradient(unit, place, task, held)
         elif self.deferred:
             self.marks["gradient on gpu", i] = (task,)
@@ -279,17 +283,18 @@ class _Step:
     def _scatter(self) -> None:
         """The gradient of the embedding's rows comes down and, unless deferred, its rows are updated."""
         work = self._work("store", D2H, bytes=self.hidden_bytes)
-        store = -1
         # Where the last step's gradient was applied in this one, its place is free once all rows have it.
-        free = self.marks["rest updated",] if self.deferred or not self.model.tied else ()
+        free = self.marks["rest updated",] if self.trains_rows and (self.deferred or not self.tied) else ()
         for m in self.micro_batches:
-            store = self._emit(work, EMBEDDING, (self.gradients[m], *free), m)
-            self._release(self.inputs[len(self.layers), m][1], store)
-        if self.model.tied and not self.deferred:
-            self._update_embedding(self.touched, "rows", after=(store,))
-        self.marks["rows down",] = (store,)
+            last = self.gradients[m]
+            if self.trains_rows:
+                last = self._emit(work, EMBEDDING, (self.gradients[m], *free), m)
+                self.marks["rows down",] = self.marks["last down",] = (last,)
+            self._release(self.inputs[len(self.layers), m][1], last)
+        if self.tied and not self.deferred:
+            self._update_embedding(self.touched, "rows", after=(last,))
         # With the last gradient down, the norm of all of them is known.
-        self.marks["norm",] = (store, self.gradients[self.micro_batches[-1]])
+        self.marks["norm",] = (*self.marks.get(("last down",), ()), self.gradients[self.micro_batches[-1]])
 
     # ---- weights ------------------------------------------------------------------------------------------
 
@@ -316,18 +321,18 @@ class _Step:
     def _bring_head(self) -> None:
         head = self.model.head
         if self.deferred:
-            if self.model.tied:
+            if self.tied:
                 self._update_embedding(1.0 - self.touched, "rest", after=self.marks["gathered",])
             self._update_deferred(head, None)
         slot = self._take("head weights")
         work = self._work("fetch", H2D, bytes=BF16_BYTES * head.weight_elements)
-        after = self.marks["updated", head.index] if self.deferred else ()
-        if self.deferred and self.model.tied:
+        after = self.marks.get(("updated", head.index), ()) if self.deferred else ()
+        if self.deferred and self.tied:
             after += self.marks["rest updated",] + self.marks["rows updated",]
         task = self._emit(work, head.index, after + slot[2])
         if not self.deferred:
             self._await_previous(task, "updated", head.index)
-            if self.model.tied:
+            if self.tied:
                 self._await_previous(task, "rows updated")
         self.weights[len(self.layers)] = ((task,), self._own(slot, task))
 
@@ -340,14 +345,14 @@ class _Step:
         if place.weights == "nvme":
             staging = self._take("weight staging")
             read = self._emit(
-                self._work("read weights", NVME_READ, bytes=BF16_BYTES * unit.params),
+                self._work("read weights", NVME_READ, bytes=BF16_BYTES * unit.owned),
                 unit.index,
-                (*(self.marks["written", unit.index] if self.deferred else ()), *staging[2]),
+                (*(self.marks.get(("written", unit.index), ()) if self.deferred else ()), *staging[2]),
             )
             if from_previous:
                 self._await_previous(read, "written", unit.index)
             staging, after = self._own(staging, read), (read,)
-        work = self._work("fetch", H2D, bytes=BF16_BYTES * unit.params)
+        work = self._work("fetch", H2D, bytes=BF16_BYTES * unit.owned)
         task = self._emit(work, unit.index, after + (slot[2] if slot else ()))
         if from_previous:
             self._await_previous(task, "updated", unit.index)
@@ -447,7 +452,7 @@ class _Step:
         self.marks["computed", unit.index] = (computed,)
         store = computed
         # Deferred, gradients have a place each: free once this step's update has read the last one.
-        free = self.marks["updated", unit.index] if self.deferred else ()
+        free = self.marks.get(("updated", unit.index), ()) if self.deferred else ()
         for chunk, params in enumerate(self._chunks(unit.params)):
             ring = None if self.deferred else self._take("gradient ring")
             work = self._work("store", D2H, bytes=BF16_BYTES * params)
@@ -455,14 +460,16 @@ class _Step:
             if ring:
                 arrived = self._own(ring, store)
                 self._release(arrived, self._adam(unit, place, chunk, params, (store,)))
-        self._release(held, store)
+        if held:
+            self.marks["last down",] = (store,)
+            self._release(held, store)
 
     def _send_tied_gradient(self, computed: int, held: _Held) -> None:
         """The head's gradient of a tied matrix: rows no token read are complete, and updated at once."""
         head, store = self.model.head, computed
         # Deferred, the buffer is free once this step's update has read it; else once the last step's has.
         free = self.marks["rest updated",] if self.deferred else ()
-        for chunk, params in enumerate(self._chunks(head.weight_elements)):
+        for chunk, params in enumerate(self._chunks(self.model.head_gradient_elements)):
             work = self._work("store", D2H, bytes=BF16_BYTES * params)
             store = self._emit(work, head.index, (computed, *free), chunk=chunk)
             if chunk == 0 and not self.deferred:

@@ -10,7 +10,8 @@ Not here: time. What a FLOP or a byte costs is the `HardwareProfile`'s business.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 BF16_BYTES = 2
@@ -56,6 +57,8 @@ class Unit:
     kind: UnitKind
     params: int
     """Parameters the unit owns and trains. A tied head owns only its norm: the embedding owns the matrix."""
+    frozen: int = 0
+    """Parameters the unit owns and leaves as they are: no gradient, no optimizer state."""
     weight_elements: int
     """Elements that must be on the GPU to compute: all of a layer, a head's matrix even when tied, and none
     of the embedding, whose rows are gathered on the host."""
@@ -72,6 +75,11 @@ class Unit:
     """With transformers' own modules."""
     liger: KernelCosts
     """With Liger's fused norm, rotary and gated-activation kernels."""
+
+    @property
+    def owned(self) -> int:
+        """Parameters the unit owns, trained or not."""
+        return self.params + self.frozen
 
     def kernels(self, name: str) -> KernelCosts:
         """The costs under `name`, "eager" or "liger"."""
@@ -96,9 +104,11 @@ class Unit:
         return self.matmul_flops(sequences, seq_len) + self.attention_flops(sequences, seq_len)
 
     def backward_flops(self, sequences: int, seq_len: int) -> float:
-        """FLOPs of a backward pass: twice the weight products; attention 2.5 times, since FlashAttention's
-        backward recomputes the scores (five products for the forward's two; arXiv 2307.08691)."""
-        return 2.0 * self.matmul_flops(sequences, seq_len) + 2.5 * self.attention_flops(sequences, seq_len)
+        """FLOPs of a backward pass: twice the weight products, or once for frozen weights; attention 2.5 times,
+        since FlashAttention's backward recomputes the scores (five products for the forward's two; arXiv
+        2307.08691)."""
+        trained = self.params / self.owned if self.frozen else 1.0
+        return (1.0 + trained) * self.matmul_flops(sequences, seq_len) + 2.5 * self.attention_flops(sequences, seq_len)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +146,11 @@ class ModelSpec:
         """Parameters a token is multiplied with, the embedding's row lookup excluded."""
         return sum(unit.matmul_elements for unit in self.units)
 
+    @property
+    def head_gradient_elements(self) -> int:
+        """Elements whose gradient the head computes: its own, and a tied matrix."""
+        return self.head.params + (self.vocab_size * self.hidden_size if self.tied and self.embedding.params else 0)
+
     def hidden_bytes(self, sequences: int, seq_len: int) -> int:
         """Bytes of one unit boundary's activations in bf16: [sequences, seq_len, hidden_size]."""
         return BF16_BYTES * self.hidden_size * sequences * seq_len
@@ -147,3 +162,12 @@ class ModelSpec:
     def loss_working_bytes(self, tokens: int) -> int:
         """Bytes alive in the chunked loss: logits in bf16 and fp32 and their gradient in bf16."""
         return self.loss_chunk_tokens(tokens) * self.vocab_size * (2 * BF16_BYTES + FP32_BYTES)
+
+
+def with_frozen(model: ModelSpec, frozen: Sequence[int]) -> ModelSpec:
+    """The model with so many parameters of each unit frozen; an embedding is frozen whole or not at all."""
+    units = tuple(
+        replace(unit, params=unit.params - count, frozen=count) if count else unit
+        for unit, count in zip(model.units, frozen, strict=True)
+    )
+    return replace(model, units=units)
