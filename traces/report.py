@@ -113,12 +113,12 @@ def write_report(
             search.append(draw("knobs", figure, "Importance of each knob"))
     content = [
         page.cards(facts),
-        page.section("The plan", _knob_table(knobs), intro="What was decided, and what each knob does."),
         page.section("One step", timeline, intro=_step_intro(prediction)),
         page.section("What limits it", lanes, _limits(prediction), intro=_limit_intro(prediction)),
         page.section("Memory", _memory_table(prediction), memory, intro=_MEMORY_INTRO),
         page.section("Throughput and batch", throughput, intro=_SWEEP_INTRO),
         page.section("What would help", _whatif_table(whatif, prediction.tokens_per_s), intro=_WHATIF_INTRO),
+        page.section("The plan", _knob_table(knobs), intro=_PLAN_INTRO),
         page.section("The search", *search, intro=_STUDY_INTRO),
         page.section("Assumptions and sources", _assumptions(assumptions), _sources(prediction.profile)),
     ]
@@ -137,6 +137,7 @@ _SWEEP_INTRO = (
     "A larger batch spreads the same transfers and the same optimizer step over more tokens, until the GPU "
     "is the limit. It is not free for training, so the smallest one near the top is the one to take."
 )
+_PLAN_INTRO = "What was decided, what each knob does, and what a step either way would do."
 _WHATIF_INTRO = "The best plan again, on a machine with one thing changed."
 _STUDY_INTRO = "Every plan tried, in order. Plans that don't fit are known from arithmetic and not simulated."
 

@@ -6,6 +6,8 @@ goes to residents, or to activations that need no recomputation.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 
 from slidetune.tuner.evaluate import Evaluator
@@ -42,21 +44,50 @@ def starting_points(space: Space, evaluator: Evaluator) -> Iterator[Point]:
                     if point not in seen:
                         seen.add(point)
                         yield point
+    if not seen:
+        least = smallest(space, evaluator)
+        if evaluator.fits(space.plan(least)):
+            yield least
 
 
-def smallest(space: Space) -> Point:
-    """The point that needs least of the GPU and of RAM: if it doesn't fit, nothing does."""
+def smallest(space: Space, evaluator: Evaluator) -> Point:
+    """A point that fits if one does; otherwise the one whose worst overflow is least.
+
+    No point needs least of every tier: layers and inputs on the GPU or the drive spare RAM, and a fixed batch takes
+    other buffers cut in few micro-batches than in many. So those choices are tried in turn, each with the least of
+    everything else, beginning with what spares the GPU.
+    """
     axes = {axis.name: axis.values for axis in space.axes}
-    return space.point(
-        {
-            "micro_batch": 1,
-            "accumulation": 1,
-            "prefetch": 0 if 0 in axes["prefetch"] else 1,
-            "optimizer_nvme": max(axes["optimizer_nvme"]),
-            "weights_nvme": max(axes["weights_nvme"]),
-            "activations.nvme": 0.0,
-        }
+    ends = [(min(axes[name]), max(axes[name])) for name in ("activations.gpu", "activations.nvme")]
+    tried = itertools.product(
+        sorted(axes["micro_batch"]) if "batch" in axes else (1,),
+        axes["update"],
+        ((ends[0][0], ends[1][0]), (ends[0][0], ends[1][1]), (ends[0][1], ends[1][0])),
+        sorted(axes["resident_layers"]),
+        sorted(axes["optimizer_nvme"], reverse=True),
+        sorted(axes["weights_nvme"], reverse=True),
     )
+    best, least = None, math.inf
+    for micro_batch, update, (inputs_gpu, inputs_nvme), resident, optimizer, weights in tried:
+        point = space.point(
+            {
+                "micro_batch": micro_batch,
+                "accumulation": 1,
+                "prefetch": min(axes["prefetch"]),
+                "update": update,
+                "resident_layers": resident,
+                "optimizer_nvme": optimizer,
+                "weights_nvme": weights,
+                "activations.gpu": inputs_gpu,
+                "activations.nvme": inputs_nvme,
+            }
+        )
+        overflow = max(evaluator.overflow(space.plan(point)).values())
+        if overflow < least:
+            best, least = point, overflow
+        if overflow <= 0:
+            break
+    return best
 
 
 def _placed(space: Space, evaluator: Evaluator, choices: dict) -> Point | None:
@@ -66,11 +97,22 @@ def _placed(space: Space, evaluator: Evaluator, choices: dict) -> Point | None:
         for optimizer, weights in _TIERS:
             if optimizer not in axes["optimizer_nvme"] or weights not in axes["weights_nvme"]:
                 continue
-            point = space.point(
-                choices | {"optimizer_nvme": optimizer, "weights_nvme": weights, "activations.nvme": inputs}
-            )
-            if evaluator.fits(space.plan(point)):
-                return point
+            # Layers that live on the GPU take nothing of RAM.
+            for resident in axes["resident_layers"]:
+                point = space.point(
+                    choices
+                    | {
+                        "resident_layers": resident,
+                        "optimizer_nvme": optimizer,
+                        "weights_nvme": weights,
+                        "activations.nvme": inputs,
+                    }
+                )
+                overflow = evaluator.overflow(space.plan(point))
+                if max(overflow.values()) <= 0:
+                    return point
+                if overflow["gpu"] > 0:
+                    break
     return None
 
 
@@ -80,7 +122,7 @@ def _filled(space: Space, evaluator: Evaluator, point: Point) -> Iterator[Point]
     for name in _FILLERS:
         i = names.index(name)
         best = None
-        for value in range(1, len(space.axes[i].values)):
+        for value in range(point[i] + 1, len(space.axes[i].values)):
             candidate = (*point[:i], value, *point[i + 1 :])
             if not evaluator.fits(space.plan(candidate)):
                 break

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from slidetune import __version__
 from slidetune.errors import SlidetuneError
 from slidetune.plans import Plan, knobs
 from slidetune.tuner.evaluate import Evaluator, Worth
@@ -43,6 +44,9 @@ _BATCH = 16
 # Tasks in the schedules of all plans of a study. Deep models with many micro-batches have 10,000 tasks a plan;
 # counting tasks keeps a search short without letting the clock decide what is found.
 _TASK_BUDGET = 700_000
+# The study's attribute that says what it is of.
+_DESCRIPTION = "slidetune"
+_SQLITE_PATIENCE_S = 60
 # Rounds in a row without a new plan after which the space is taken to be exhausted.
 _PATIENCE = 60
 
@@ -180,12 +184,51 @@ def open_storage(url: str | None) -> object:
 
             path = url.removeprefix("journal:")
             return optuna.storages.JournalStorage(JournalFileBackend(path if not path.startswith("///") else path[2:]))
-        return optuna.storages.get_storage(url)
+        # Several processes write to one SQLite file in turn: they wait for each other rather than give up.
+        options = {"connect_args": {"timeout": _SQLITE_PATIENCE_S}} if url.startswith("sqlite:") else {}
+        return optuna.storages.RDBStorage(url, engine_kwargs=options)
     except Exception as error:
         raise SlidetuneError(
             f"--storage {url!r} cannot be opened: {error}",
             "Give a database URL such as sqlite:///study.db or postgresql://user@host/db, or journal:study.journal.",
         ) from error
+
+
+def describe(space: Space, evaluator: Evaluator) -> dict[str, object]:
+    """What a study's trials depend on, in plain values: only searches of which this is the same may share one."""
+    model, profile = evaluator.model, evaluator.profile
+    return {
+        "slidetune": __version__,
+        "model": model.name,
+        "parameters": model.params,
+        "seq_len": space.base.seq_len,
+        "clip_norm": space.base.clip_norm,
+        "gpu_memory_gib": space.base.gpu_memory_gib,
+        "kernels": profile.gpu.kernels,
+        **{path: figure.value for path, figure in profile.figures()},
+        **{f"choices of {axis.name}": list(axis.values) for axis in space.axes},
+    }
+
+
+def join_study(study: optuna.Study, description: dict[str, object]) -> None:
+    """Mark a new study as one of what is described. Raises `SlidetuneError` where it holds anything else."""
+    # The mark is made before the first trial, so whoever sees a trial and then no mark sees a stranger's study.
+    empty = not study.get_trials(deepcopy=False)
+    held = study.user_attrs.get(_DESCRIPTION)
+    if held == description:
+        return
+    if held is None and empty:
+        study.set_user_attr(_DESCRIPTION, description)
+        return
+    differences = "it was not made by slidetune."
+    if held is not None:
+        names = [name for name in {**held, **description} if held.get(name) != description.get(name)]
+        differences = "; ".join(f"{name}: {held.get(name)} there, {description.get(name)} here" for name in names[:4])
+        differences += f"; and {len(names) - 4} more." if len(names) > 4 else "."
+    raise SlidetuneError(
+        f"study {study.study_name!r} in this storage is of something else: {differences}",
+        "Give another --study name, or another --storage.",
+    )
 
 
 class _Search:
@@ -217,6 +260,8 @@ class _Search:
             direction="maximize",
             sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=20, n_ei_candidates=16),
         )
+        if self.shared:
+            join_study(self.study, describe(space, evaluator))
         # Axes of one value are no choice: the sampler needn't know of them.
         self.open_axes = [(i, a.name) for i, a in enumerate(space.axes) if len(a.values) > 1]
         self.distributions = {

@@ -15,7 +15,7 @@ from slidetune.tuner.space import full_space
 from slidetune.tuner.workers import Workers
 
 # Plans tried on each changed machine beside the one at hand.
-_TRIES = 4
+_TRIES = 3
 MORE_RAM_GIB, MORE_GPU_GIB, MORE_CORES = 32, 8, 8
 _ASSUMED = "what if"
 AS_IT_IS = "another plan, same machine"
