@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -52,14 +52,14 @@ class Parts:
         self.model = model
         self.base = getattr(model, model.base_model_prefix, None)
         if self.base is None or self.base is model or model.get_output_embeddings() is None:
-            self._refuse("it is no language model with a head on a base model")
+            self.refuse("it is no language model with a head on a base model")
         if getattr(model.config, "output_router_logits", False):
-            self._refuse("output_router_logits adds a loss that needs every layer's router at once; set it to false")
+            self.refuse("output_router_logits adds a loss that needs every layer's router at once; set it to false")
         self.layers_name, self.layers = self._find_layers(len(spec.layers))
         self.head_module = model.get_output_embeddings()
         self.tied = self.head_module.weight is self.base.get_input_embeddings().weight
         if self.tied != spec.tied:
-            self._refuse(f"its head is {'' if self.tied else 'not '}tied, its config says otherwise")
+            self.refuse(f"its head is {'' if self.tied else 'not '}tied, its config says otherwise")
         self.tables = self._find_tables()
         self.tail = [
             name
@@ -67,18 +67,19 @@ class Parts:
             if name not in (self.layers_name, *(t.name for t in self.tables)) and any(True for _ in child.parameters())
         ]
         self._check_sizes(spec)
-        # What runs before the layers without parameters of its own must not be asked to run again for the head.
-        self._output_name = next(name for name, child in model.named_modules() if child is self.head_module)
+        if len(self.tail) > 1:
+            self.refuse(f"between its last layer and its head are {' and '.join(self.tail)}, where one norm may be")
 
     # ---- structure ----------------------------------------------------------------------------------------
 
-    def _refuse(self, why: str) -> None:
+    def refuse(self, why: str) -> NoReturn:
+        """Raise SlidetuneError: this model can't be trained here, because of `why`."""
         raise SlidetuneError(f"{type(self.model).__name__} cannot be trained by sliding: {why}.")
 
     def _find_layers(self, count: int) -> tuple[str, nn.ModuleList]:
         found = [(n, c) for n, c in self.base.named_children() if isinstance(c, nn.ModuleList) and len(c) == count]
         if len(found) != 1:
-            self._refuse(f"its base model has {len(found)} lists of {count} layers, where one is needed")
+            self.refuse(f"its base model has {len(found)} lists of {count} layers, where one is needed")
         return found[0]
 
     def _find_tables(self) -> list[Table]:
@@ -86,14 +87,14 @@ class Parts:
         children = {n: c for n, c in self.base.named_children() if isinstance(c, nn.Embedding)}
         first = next((n for n, c in children.items() if c is tokens), None)
         if first is None:
-            self._refuse("its token embedding is no direct child of the base model")
+            self.refuse("its token embedding is no direct child of the base model")
         tables = []
         for name in (first, *(n for n in children if n != first)):
             module = children[name]
             if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
-                self._refuse(f"its embedding {name} uses max_norm, sparse or scale_grad_by_freq")
+                self.refuse(f"its embedding {name} uses max_norm, sparse or scale_grad_by_freq")
             if module.embedding_dim != tokens.embedding_dim:
-                self._refuse(f"its embedding {name} is not as wide as the token embedding")
+                self.refuse(f"its embedding {name} is not as wide as the token embedding")
             tables.append(Table(name, module.num_embeddings, module.padding_idx))
         return tables
 
@@ -106,15 +107,15 @@ class Parts:
             if child not in (self.base, self.head_module) and any(True for _ in child.parameters())
         ]
         if loose or outside:
-            self._refuse(f"it has parameters outside embedding, layers and head: {', '.join(loose + outside)}")
+            self.refuse(f"it has parameters outside embedding, layers and head: {', '.join(loose + outside)}")
         counts = [
             sum(getattr(self.base, t.name).weight.numel() for t in self.tables),
             *(sum(p.numel() for p in layer.parameters()) for layer in self.layers),
             sum(p.numel() for _, _, p in self.head_parameters() if not (self.tied and p is self.head_module.weight)),
         ]
         for unit, count in zip(spec.units, counts, strict=True):
-            if unit.params != count:
-                self._refuse(f"unit {unit.index} ({unit.kind}) has {count} parameters, its config says {unit.params}")
+            if unit.owned != count:
+                self.refuse(f"unit {unit.index} ({unit.kind}) has {count} parameters, its config says {unit.owned}")
 
     def head_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """(module, name in it, parameter) of the head's matrix, its bias and the modules after the last layer."""
@@ -145,11 +146,11 @@ class Parts:
             base(**inputs, use_cache=False)
         missed = [i for i, recorder in enumerate(recorders) if recorder.call is None]
         if missed:
-            self._refuse(f"its forward pass does not call layer {missed[0]} with the hidden states first")
+            self.refuse(f"its forward pass does not call layer {missed[0]} with the hidden states first")
         ids = []
         for table in self.tables:
             if len(asked[table.name].ids) != 1:
-                self._refuse(f"its forward pass uses the embedding {table.name} {len(asked[table.name].ids)} times")
+                self.refuse(f"its forward pass uses the embedding {table.name} {len(asked[table.name].ids)} times")
             ids.append(asked[table.name].ids[0])
         return [recorder.call for recorder in recorders], ids
 

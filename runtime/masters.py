@@ -126,6 +126,8 @@ class _Arrays:
         return self.high[self.at_high - count : self.at_high]
 
     def take_state(self, count: int, high: Tensor) -> State:
+        if not count:
+            return State(high[:0], *(torch.empty(0, dtype=d) for d in (torch.int16, torch.float32, torch.float32)))
         self.at_state += count
         span = slice(self.at_state - count, self.at_state)
         return State(high[:count], *(array[span] for array in self.state))
@@ -144,8 +146,10 @@ def place_masters(
     device = _Arrays(None, None)
     if raw["resident layers"] is not None:
         whole = raw["resident layers"]
-        count = whole.numel() // (_STATE + 2)
-        device = _Arrays(whole[_STATE * count : (_STATE + 2) * count].view(torch.bfloat16), whole[: _STATE * count])
+        pairs = [pair for pair in zip(layouts, places, strict=True) if pair[1] is not None and pair[1].resident]
+        trained, total = (sum(getattr(layout, what) for layout, _ in pairs) for what in ("trained", "total"))
+        high = whole[_STATE * trained : _STATE * trained + 2 * total].view(torch.bfloat16)
+        device = _Arrays(high, whole[: _STATE * trained] if trained else None)
     masters = []
     for layout, place in zip(layouts, places, strict=True):
         if place is not None and place.resident:
@@ -179,8 +183,6 @@ def write_master(master: Master, values: Tensor, slot: Tensor | None = None) -> 
     if master.high is not None:
         master.high.copy_(high)
     drive = master.drive
-    if drive.whole:
-        _write_halves(drive, high)
     for number in range(-(-layout.trained // drive.chunk)):
         span = slice(number * drive.chunk, min((number + 1) * drive.chunk, layout.trained))
         staged = drive.staged(slot, number)
@@ -190,6 +192,9 @@ def write_master(master: Master, values: Tensor, slot: Tensor | None = None) -> 
         if drive.whole:
             staged.high.copy_(high[span])
         drive.write_state(slot, number)
+    if drive.whole:
+        # Last: the end of the last chunk's write reaches into frozen halves behind it.
+        _write_halves(drive, high)
 
 
 def read_master(master: Master, slot: Tensor | None = None) -> Tensor:

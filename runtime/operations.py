@@ -66,8 +66,10 @@ class Operations:
         self.spec, self.plan, self.pools, self.device = machine.spec, machine.plan, machine.pools, machine.device
         self.layers = len(self.spec.layers)
         self.deferred = self.plan.update == "forward"
+        # A tied matrix that is trained gets its gradient from the head and from the rows.
+        self.tied = self.spec.tied and self.spec.embedding.params > 0
         # The embedding's update of a step is made in the next one, unless the head needs the matrix before.
-        self.rows_late = self.deferred or not self.spec.tied
+        self.rows_late = self.deferred or not self.tied
         self._taken: dict[int, dict[str, int]] = {}
         for hold in schedule.holds:
             self._taken.setdefault(hold.first, {})[schedule.pools[hold.pool].name] = hold.slot
@@ -131,11 +133,11 @@ class Operations:
                 else:
                     self.waiting[unit.index] = self.pools.slot("all gradients")[ram_at : ram_at + size]
                     ram_at += size
-        elif self.spec.tied:
+        elif self.tied:
             self.waiting[EMBEDDING] = self.pools.slot("tied gradient")
             own = torch.zeros(self.spec.head.params, dtype=torch.bfloat16)
             self.waiting[self.spec.head.index] = own.pin_memory() if self.device.type == "cuda" else own
-        self.dense = self.waiting[EMBEDDING] if self.spec.tied else None
+        self.dense = self.waiting[EMBEDDING] if self.tied else None
 
     def _placement(self, unit: int) -> Placement | None:
         return self.machine.places[unit - 1] if 0 < unit <= self.layers else None
@@ -183,8 +185,6 @@ class Operations:
         last = self.plan.accumulation - 1
 
         def run(step: Step) -> None:
-            if not self.machine.tables.rows:
-                return
             batch = step.micro_batches[m]
             staged = _as_hidden(staging, batch.shape, self.spec.hidden_size)
             staged.copy_(_as_hidden(source, batch.shape, self.spec.hidden_size), non_blocking=True)
@@ -279,7 +279,9 @@ class Operations:
         sources = [self.machine.masters[head.index].high]
         if self.spec.tied:
             matrix = self.spec.vocab_size * self.spec.hidden_size
-            sources.insert(0, self.machine.masters[EMBEDDING].high[:matrix])
+            # The matrix comes first, but a frozen one last: so has the layout it.
+            first = self.machine.pointed[head.index].layout.entries[0].numel == matrix
+            sources.insert(0 if first else 1, self.machine.masters[EMBEDDING].high[:matrix])
 
         def run(step: Step) -> None:
             at = 0
@@ -354,14 +356,13 @@ class Operations:
         i, m, unit = task.unit - 1, task.micro_batch, task.unit
         accumulates = self.plan.accumulation > 1
         pointed, weights, source = self.machine.pointed[unit], self.weights[unit], self.hidden[i, m]
-        trained = pointed.layout.trained
         if m == 0:
             slot = self._slot(index, "gradients", torch.float32 if accumulates else torch.bfloat16)
-            self.gradient[unit] = slot[:trained]
+            self.gradient[unit] = None if slot is None else slot[: pointed.layout.trained]
         gradient, upstream = self.gradient[unit], self.upstream[m]
         place, inner = self.machine.places[i], self.inner.pop((i, m), None)
         last = m == self.plan.accumulation - 1
-        keeps = self.waiting.get(unit) if place.resident and last else None
+        keeps = self.waiting.get(unit) if place.resident and last and gradient is not None else None
 
         def run(step: Step) -> None:
             shape = step.micro_batches[m].shape
@@ -378,8 +379,8 @@ class Operations:
             upward.copy_(x.grad)
             if keeps is not None:
                 keeps.copy_(gradient)
-            if place.resident and last and self.plan.clip_norm is not None:
-                add_squares(step.squares[1], keeps)
+                if self.plan.clip_norm is not None:
+                    add_squares(step.squares[1], keeps)
 
         return run
 
@@ -389,7 +390,8 @@ class Operations:
         m, unit = task.micro_batch, task.unit
         pointed, weights = self.machine.pointed[unit], self.weights[unit]
         if m == 0:
-            self.gradient[unit] = self._slot(index, "head gradient", torch.float32)[: pointed.layout.trained]
+            slot = self._slot(index, "head gradient", torch.float32)
+            self.gradient[unit] = None if slot is None else slot[: pointed.layout.trained]
         gradient = self.gradient[unit]
         hidden = self.upstream[m] = self.hidden[self.layers, m]
         last = m == self.plan.accumulation - 1
@@ -523,7 +525,7 @@ class Operations:
     def _waiting_parts(self, unit: int, start: int, count: int) -> list[Tensor]:
         """Where elements [start, start + count) of a unit's gradient wait; a tied head's first ones with the
         embedding's."""
-        if unit != self.spec.head.index or not self.spec.tied:
+        if unit != self.spec.head.index or not self.tied:
             return [self.waiting[unit][start : start + count]]
         matrix = self.spec.vocab_size * self.spec.hidden_size
         first = self.waiting[EMBEDDING][start : min(start + count, matrix)]
@@ -535,8 +537,8 @@ class Operations:
         start = chunk * buffers.chunk_params(self.plan)
         master = self.machine.masters[unit]
         stop = min(start + buffers.chunk_params(self.plan), master.layout.trained)
-        if self.deferred or (self.spec.tied and unit == self.spec.head.index):
-            if unit == self.spec.head.index and self.spec.tied and not self.deferred:
+        if self.deferred or (self.tied and unit == self.spec.head.index):
+            if unit == self.spec.head.index and self.tied and not self.deferred:
                 start, stop = 0, master.layout.trained
             gradient = self.waiting[unit][start:stop]
         else:

@@ -23,7 +23,7 @@ class Pointed:
         self.targets = list(targets)
         # A unit meets few slots: its parameters are made once for each.
         self._made: dict[int, list[nn.Parameter]] = {}
-        self._gradient: list[Tensor] = []
+        self._gradient: list[Tensor | None] = []
         self._arrived: set[int] = set()
 
     def point(self, weights: Tensor) -> None:
@@ -34,12 +34,13 @@ class Pointed:
         for (module, name, _), parameter in zip(self.targets, parameters, strict=True):
             module._parameters[name] = parameter
 
-    def collect_into(self, gradient: Tensor, *, fresh: bool) -> None:
-        """Send the gradients of coming backward passes into `gradient`, a flat slot (bf16, or fp32 to add up in).
+    def collect_into(self, gradient: Tensor | None, *, fresh: bool) -> None:
+        """Send the gradients of coming backward passes into `gradient`, a flat slot (bf16, or fp32 to add up in);
+        None if the unit trains nothing.
 
         `fresh`: the first gradient of each parameter overwrites what is there.
         """
-        self._gradient = [entry.of(gradient) if entry.hyper is not None else gradient for _, _, entry in self.targets]
+        self._gradient = [None if entry.hyper is None else entry.of(gradient) for _, _, entry in self.targets]
         if fresh:
             self._arrived.clear()
 

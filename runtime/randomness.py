@@ -1,7 +1,8 @@
 """Dropout's random numbers: the same in the forward pass and in its recomputation, whatever runs in between.
 
 Each unit and micro-batch of a step draws from a seed of its own, so the order in which a plan visits them changes
-nothing. The generators of the user's own code are left as they were.
+nothing. The device's generator is left as it was found. Code that draws from it at the very time of a pass sees the
+pass's numbers, though: torch has one generator for all threads.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from slidetune import buffers
 from slidetune.builder import build
 from slidetune.errors import DoesNotFit, SlidetuneError
-from slidetune.model import ModelSpec
+from slidetune.model import ModelSpec, with_frozen
 from slidetune.plans import Placement, Plan, place_layers
 from slidetune.runtime import batches, clipping
 from slidetune.runtime.adam import AdamW
@@ -36,7 +36,7 @@ from slidetune.runtime.pools import Pools
 from slidetune.runtime.randomness import Randomness, draws_random_numbers
 from slidetune.runtime.rows import RowTables
 from slidetune.runtime.steps import Step
-from slidetune.runtime.unit_layouts import Rule, UnitLayout, read_values, unit_layouts
+from slidetune.runtime.unit_layouts import Rule, UnitLayout, frozen_counts, read_values, unit_layouts
 from slidetune.schedule import Schedule
 from slidetune.trace import TraceRow
 from slidetune.units import format_bytes
@@ -97,8 +97,6 @@ class SlidingTrainer:
         self.plan = plan
         self._accept_non_finite = accept_non_finite
         self.device = _device(device)
-        self.spec = spec_of(model, plan.model)
-        self.schedule: Schedule = build(self.spec, plan)
         self._trace, self._rows = trace, []
         self._recorded: list[Step] = []
         self._recorded_before: list[Step] = []
@@ -106,12 +104,15 @@ class SlidingTrainer:
         self._nvme: NvmeFile | None = None
         self._lanes: Lanes | None = None
         self._closed = False
-        self.parts = Parts(model, self.spec)
+        whole = spec_of(model, plan.model)
+        self.parts = Parts(model, whole)
         model.train()
-        rule = rule or decay_where_it_belongs(optimizer or AdamW())
+        units = unit_layouts(self.parts, rule or decay_where_it_belongs(optimizer or AdamW()))
+        self.spec: ModelSpec = with_frozen(whole, frozen_counts(units))
+        self.schedule: Schedule = build(self.spec, plan)
         self._check_memory()
         try:
-            self._set_up(model, rule, nvme_folder, seed, loss_chunk_tokens)
+            self._set_up(model, units, nvme_folder, seed, loss_chunk_tokens)
         except BaseException:
             self.close()
             raise
@@ -281,12 +282,10 @@ class SlidingTrainer:
                 torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), self.device)
 
     def _set_up(
-        self, model: nn.Module, rule: Rule, folder: str | Path | None, seed: int, loss_chunk: int | None
+        self, model: nn.Module, units: list[UnitLayout], folder: str | Path | None, seed: int, loss_chunk: int | None
     ) -> None:
         spec, plan, parts = self.spec, self.plan, self.parts
         places: list[Placement] = place_layers(plan, len(spec.layers))
-        units = unit_layouts(parts, rule)
-        _refuse_frozen(units)
         layouts = [unit.owned for unit in units]
         chunk = min(buffers.chunk_params(plan), max(max(u.params for u in spec.layers), 1))
         self._nvme, inputs_at, offset = self._open_nvme(folder, layouts, places, chunk)
@@ -354,7 +353,7 @@ class SlidingTrainer:
             return None, {}, 0
         if folder is None:
             raise SlidetuneError("the plan uses the NVMe tier; where its file goes was not said.", "Give nvme_folder.")
-        if plan.weights_nvme and (2 * chunk) % 4096 and chunk < max(layout.total for layout in layouts[1:-1]):
+        if plan.weights_nvme and (2 * chunk) % 4096 and chunk < max(layout.trained for layout in layouts[1:-1]):
             raise SlidetuneError(f"with weights_nvme, chunk_bytes ({plan.chunk_bytes}) must be a multiple of 4096.")
         return NvmeFile(folder, size), {key: n * hidden for n, key in enumerate(inputs)}, offset
 
@@ -372,12 +371,6 @@ def spec_of(model: nn.Module, name: str) -> ModelSpec:
     from slidetune.families import spec_from_config
 
     return spec_from_config(model.config.to_dict(), name)
-
-
-def _refuse_frozen(units: list[UnitLayout]) -> None:
-    frozen = [entry.name for unit in units for entry in unit.computed.entries if entry.hyper is None]
-    if frozen:
-        raise SlidetuneError(f"frozen parameters are not supported yet: {', '.join(frozen[:3])}.")
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from slidetune.errors import SlidetuneError
 from slidetune.runtime.adam import AdamW
 from slidetune.runtime.binding import Parts
 from slidetune.runtime.layout import Entry, Layout
@@ -39,6 +40,8 @@ def unit_layouts(parts: Parts, rule: Rule) -> list[UnitLayout]:
 
     tables = [entry(getattr(parts.base, table.name).weight) for table in parts.tables]
     embedding = Layout.in_order(tables)
+    if 0 < embedding.trained < embedding.total:
+        parts.refuse(f"of its embeddings {', '.join(e.name for e in tables)} some are frozen and some are not")
     units = [UnitLayout(owned=embedding, computed=embedding)]
     for number in range(len(parts.layers)):
         found = parts.layer_parameters(number)
@@ -51,15 +54,25 @@ def unit_layouts(parts: Parts, rule: Rule) -> list[UnitLayout]:
 
 
 def _head(parts: Parts, entry: Callable[[nn.Parameter], Entry], names: dict[int, str]) -> UnitLayout:
-    """The matrix first, then what the head owns beside it."""
+    """The matrix first, then what the head owns beside it; frozen ones last, the matrix last of all."""
     found = parts.head_parameters()
     matrix = entry(parts.head_module.weight)
     own = Layout.packed(entry(p) for _, _, p in found if p is not parts.head_module.weight).entries
-    computed = Layout.in_order([matrix, *own])
+    if matrix.hyper is not None:
+        computed = Layout.in_order(sorted([matrix, *own], key=lambda e: e.hyper is None))
+    else:
+        computed = Layout.in_order([*own, matrix])
     places = {e.name: e for e in computed.entries}
     targets = [(module, name, places[names[id(p)]]) for module, name, p in found]
     owned = Layout.in_order(own) if parts.tied else computed
     return UnitLayout(owned=owned, computed=computed, targets=targets)
+
+
+def frozen_counts(units: list[UnitLayout]) -> list[int]:
+    """Frozen parameters a unit. Raises SlidetuneError if there is nothing to train."""
+    if not any(unit.owned.trained for unit in units):
+        raise SlidetuneError("all parameters are frozen: there is nothing to train.")
+    return [unit.owned.total - unit.owned.trained for unit in units]
 
 
 def read_values(model: nn.Module, layout: Layout) -> Tensor:

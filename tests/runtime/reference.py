@@ -55,7 +55,8 @@ class PlainLoop:
             loss.backward()
             total += loss.detach()
             for name, parameter in self.model.named_parameters():
-                if parameter.grad is None:
+                if parameter.grad is None or self.hyper[name] is None:
+                    parameter.grad = None
                     continue
                 gradient = parameter.grad.float()
                 sums[name] = sums[name] + gradient if name in sums else gradient
@@ -109,15 +110,13 @@ def random_batches(config, plan, count, *, seed=1, padded=False):
         yield batch
 
 
-def run_both(config, plan, *, steps=3, padded=False, optimizer=None, folder=None, **trainer_options):
-    """Train a model by a plan and the plain way; returns (losses, weights) of both."""
+def run_both(config, plan, *, steps=3, padded=False, folder=None, **options):
+    """Train a model by a plan and the plain way; returns (losses, weights) of both. `options`: the trainer's."""
     from slidetune.runtime.trainer import SlidingTrainer
 
-    optimizer = optimizer or AdamW(lr=1e-2, weight_decay=0.1)
-    loop = PlainLoop(make_model(config), optimizer=optimizer, accumulation=plan.accumulation, clip_norm=plan.clip_norm)
-    with SlidingTrainer(
-        make_model(config), plan, optimizer=optimizer, device="cpu", nvme_folder=folder, **trainer_options
-    ) as trainer:
+    rule = options.pop("rule", None) or decay_where_it_belongs(AdamW(lr=1e-2, weight_decay=0.1))
+    loop = PlainLoop(make_model(config), rule=rule, accumulation=plan.accumulation, clip_norm=plan.clip_norm)
+    with SlidingTrainer(make_model(config), plan, rule=rule, device="cpu", nvme_folder=folder, **options) as trainer:
         batches = random_batches(config, plan, steps, padded=padded)
         losses = [(trainer.step(batch), loop.step(batch)) for batch in batches]
         weights = trainer.state_dict()
