@@ -140,8 +140,10 @@ class Parts:
         width = self.base.get_input_embeddings().embedding_dim
         asked = {t.name: _AskedIds(width) for t in self.tables}
         recorders = [_Recorder(layer) for layer in self.layers]
-        tail = {name: _Identity() for name in self.tail}
-        base = clone_module(self.base, **asked, **tail, **{self.layers_name: nn.ModuleList(recorders)})
+        # No random number may be drawn here: other lanes draw theirs meanwhile.
+        drops = [name for name, child in self.base.named_children() if isinstance(child, nn.Dropout)]
+        idle = {name: _Identity() for name in (*self.tail, *drops)}
+        base = clone_module(self.base, **asked, **idle, **{self.layers_name: nn.ModuleList(recorders)})
         with torch.no_grad():
             base(**inputs, use_cache=False)
         missed = [i for i, recorder in enumerate(recorders) if recorder.call is None]
