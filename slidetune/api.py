@@ -162,7 +162,8 @@ def plan(
     )
     space = (coarse_space if exhaustive else full_space)(model, profile, base, batch)
     evaluator = Evaluator(model, profile)
-    least = space.plan(smallest(space))
+    everything = full_space(model, profile, base, batch)
+    least = everything.plan(smallest(everything, evaluator))
     if not evaluator.fits(least):
         raise does_not_fit(model, profile, least, f"even the plan for {model.name} that needs least on {profile.name}")
     with Workers(evaluator) as workers:
@@ -182,8 +183,7 @@ def plan(
             )
         if found is None:
             raise SlidetuneError(
-                "none of the plans tried fits, though the smallest would.",
-                "Give more --trials, or leave out --exhaustive.",
+                "none of the coarse space's plans fits, though there are some that do.", "Leave out --exhaustive."
             )
         chosen = found.best
         prediction = predict(evaluator.schedule(chosen.plan), profile, evaluator.prices)
@@ -278,18 +278,15 @@ def fit(
 
 
 def _fit_one(model: ModelSpec, profile: HardwareProfile, seq_len: int, trials: int) -> Fit:
-    base = Plan(model=model.name, seq_len=min(seq_len, model.max_seq_len))
+    base = Plan(model=model.name, seq_len=min(seq_len, model.max_seq_len), gpu_memory_gib=memory_cap_gib(profile))
     space = full_space(model, profile, base)
     evaluator = Evaluator(model, profile)
-    found = None
-    if evaluator.fits(space.plan(smallest(space))):
-        with Workers(evaluator) as workers:
-            found = search(space, evaluator, workers, trials=trials)
-    lacking = ""
-    if found is None:
-        over = evaluator.overflow(space.plan(smallest(space)))
-        lacking = max(over, key=lambda tier: over[tier])
-    return Fit(model=model.name, params=model.params, planned=found, lacking=lacking)
+    overflow = evaluator.overflow(space.plan(smallest(space, evaluator)))
+    lacking = max(overflow, key=lambda tier: overflow[tier])
+    if overflow[lacking] > 0:
+        return Fit(model=model.name, params=model.params, planned=None, lacking=lacking)
+    with Workers(evaluator) as workers:
+        return Fit(model=model.name, params=model.params, planned=search(space, evaluator, workers, trials=trials))
 
 
 def _published_params(name: str) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -47,6 +48,8 @@ _TASK_BUDGET = 700_000
 # The study's attribute that says what it is of.
 _DESCRIPTION = "slidetune"
 _SQLITE_PATIENCE_S = 60
+# Waits before a database is opened again that another process is just setting up.
+_OPENING_PAUSES_S = (0.1, 0.3, 1.0)
 # Rounds in a row without a new plan after which the space is taken to be exhausted.
 _PATIENCE = 60
 
@@ -184,14 +187,28 @@ def open_storage(url: str | None) -> object:
 
             path = url.removeprefix("journal:")
             return optuna.storages.JournalStorage(JournalFileBackend(path if not path.startswith("///") else path[2:]))
-        # Several processes write to one SQLite file in turn: they wait for each other rather than give up.
-        options = {"connect_args": {"timeout": _SQLITE_PATIENCE_S}} if url.startswith("sqlite:") else {}
-        return optuna.storages.RDBStorage(url, engine_kwargs=options)
+        return _open_database(url)
     except Exception as error:
         raise SlidetuneError(
             f"--storage {url!r} cannot be opened: {error}",
             "Give a database URL such as sqlite:///study.db or postgresql://user@host/db, or journal:study.journal.",
         ) from error
+
+
+def _open_database(url: str, pauses_s: Sequence[float] = _OPENING_PAUSES_S) -> object:
+    import optuna
+
+    # Several processes write to one SQLite file in turn: they wait for each other rather than give up.
+    options = {"connect_args": {"timeout": _SQLITE_PATIENCE_S}} if url.startswith("sqlite:") else {}
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs=options)
+    except Exception as error:
+        # Two processes that find a database empty both make its tables; one of them is refused.
+        being_made = any(word in str(error).casefold() for word in ("already exists", "unique", "locked"))
+        if not (pauses_s and being_made):
+            raise
+    time.sleep(pauses_s[0])
+    return _open_database(url, pauses_s[1:])
 
 
 def describe(space: Space, evaluator: Evaluator) -> dict[str, object]:
@@ -268,6 +285,7 @@ class _Search:
             name: optuna.distributions.IntDistribution(0, len(space.axes[i].values) - 1) for i, name in self.open_axes
         }
         self.tried: dict[Plan, Trial] = {}
+        self.numbers = itertools.count()
 
     def run(self) -> Found | None:
         experts = list(
@@ -284,7 +302,7 @@ class _Search:
             to_sample -= len(sampled)
             room = max(0, min(_BATCH - len(sampled), self.wanted - before - len(sampled)))
             points = self._near_the_best(room) or self._anywhere(room)
-            self._tell([*((trial, "sampler") for trial in sampled), *self._enqueued(points, "neighbour")])
+            self._try(points, "neighbour", sampled)
             fruitless = 0 if self.evaluator.simulated > before else fruitless + 1
         self._polish()
         return choose(self._all_trials(), self.objective, self.study)
@@ -335,16 +353,6 @@ class _Search:
 
     # ---- trials -------------------------------------------------------------------------------------------
 
-    def _try(self, points: list[Point], origin: str) -> None:
-        self._tell(self._enqueued(points, origin))
-
-    def _enqueued(self, points: list[Point], origin: str) -> list[tuple[optuna.Trial, str]]:
-        trials = []
-        for point in points:
-            self.study.enqueue_trial({name: point[i] for i, name in self.open_axes})
-            trials.append((self._ask(), origin))
-        return trials
-
     def _ask(self) -> optuna.Trial:
         return self.study.ask(self.distributions)
 
@@ -352,28 +360,46 @@ class _Search:
         params = trial.params  # A copy is made at each access.
         return tuple(params.get(axis.name, 0) for axis in self.space.axes)
 
-    def _tell(self, trials: list[tuple[optuna.Trial, str]]) -> None:
-        """Tell what a batch of trials is worth, or by how much each doesn't fit."""
-        points = [self._point(trial) for trial, _ in trials]
-        plans = [self.space.plan(point) for point in points]
+    def _try(self, points: list[Point], origin: str, sampled: Sequence[optuna.Trial] = ()) -> None:
+        """Reckon what points, and trials the sampler asked for, are worth; tell the study all of them."""
+        proposals = [(self._point(trial), "sampler", trial) for trial in sampled]
+        proposals += [(point, origin, None) for point in points]
+        plans = [self.space.plan(point) for point, _, _ in proposals]
         self.evaluator.worths([plan for plan in plans if self.evaluator.fits(plan)], self.workers)
-        for (trial, origin), point, plan in zip(trials, points, plans, strict=True):
-            for tier, overflow in self.evaluator.overflow(plan).items():
-                trial.set_constraint(f"{tier} overflow", overflow)
+        for (point, whose, asked), plan in zip(proposals, plans, strict=True):
             worth = self.evaluator.worth(plan) if self.evaluator.fits(plan) else None
-            if self.shared:
-                # For those who share the study: what the trial was, in full.
-                trial.set_user_attr("origin", origin)
-                trial.set_user_attr("plan", knobs(plan))
-                trial.set_user_attr("worth", dataclasses.asdict(worth) if worth else None)
-            if worth:
-                self.study.tell(trial, worth.tokens_per_s)
-            else:
-                self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
-            self.tried.setdefault(plan, Trial(trial.number, origin, point, plan, worth))
+            self._tell(point, whose, asked, plan, worth)
+            self.tried.setdefault(plan, Trial(next(self.numbers), whose, point, plan, worth))
         if self.progress:
             best = max((t.worth.tokens_per_s for t in self.tried.values() if t.worth), default=0.0)
             self.progress(min(self.evaluator.simulated, self.wanted), self.wanted, best)
+
+    def _tell(self, point: Point, origin: str, asked: optuna.Trial | None, plan: Plan, worth: Worth | None) -> None:
+        """Tell the study one trial: its worth, or by how much it doesn't fit."""
+        state = self.optuna.trial.TrialState.COMPLETE if worth else self.optuna.trial.TrialState.PRUNED
+        value = worth.tokens_per_s if worth else None
+        constraints = {f"{tier} overflow": share for tier, share in self.evaluator.overflow(plan).items()}
+        # For those who share the study: what the trial was, in full.
+        about = {"origin": origin, "plan": knobs(plan), "worth": worth and dataclasses.asdict(worth)}
+        attributes = about if self.shared else {}
+        if asked is None:
+            # Added whole. A queue of trials to ask for would be shared, and others could take what is ours.
+            self.study.add_trial(
+                self.optuna.trial.create_trial(
+                    state=state,
+                    value=value,
+                    params={name: point[i] for i, name in self.open_axes},
+                    distributions=self.distributions,
+                    user_attrs=attributes,
+                    constraints=constraints,
+                )
+            )
+            return
+        for name, overflow in constraints.items():
+            asked.set_constraint(name, overflow)
+        for name, attribute in attributes.items():
+            asked.set_user_attr(name, attribute)
+        self.study.tell(asked, value, state=state)
 
     def _all_trials(self) -> list[Trial]:
         """Every finished trial of the study, those of other processes included."""
