@@ -12,11 +12,12 @@ says what to do next.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slidetune.errors import SlidetuneError
+from slidetune.errors import BadFile, SlidetuneError
 from slidetune.files import dump
 from slidetune.hardware import HardwareProfile
 from slidetune.machines import capped, guessed, machine, memory_cap_gib
@@ -24,13 +25,13 @@ from slidetune.model import ModelSpec
 from slidetune.models import catalog_row, load_model, model_names
 from slidetune.plan_file import read_plan
 from slidetune.plans import Plan, check
-from slidetune.schedule import Schedule
+from slidetune.schedule import TIERS, Schedule
 from slidetune.simulator.predict import Prediction, predict
 from slidetune.slideformer import build_slideformer
 from slidetune.tuner.evaluate import Evaluator
 from slidetune.tuner.heuristics import smallest
 from slidetune.tuner.reasons import reasons
-from slidetune.tuner.remedies import does_not_fit, overflow_error
+from slidetune.tuner.remedies import does_not_fit, machine_that_holds, overflow_error
 from slidetune.tuner.search import OBJECTIVES, Found, Objective, enumerate_all, search
 from slidetune.tuner.sensitivity import Interval, interval
 from slidetune.tuner.space import Space, coarse_space, full_space
@@ -122,6 +123,8 @@ class Fit:
 
     model: str
     params: int
+    seq_len: int
+    """As asked for, or all positions the model has."""
     planned: Found | None
     """None where no plan fits."""
     lacking: str = ""
@@ -206,12 +209,17 @@ def simulate(plan: Plan | str | Path, profile: HardwareProfile | None = None, *,
 
     Without `more`, interval and what-ifs are left out.
     """
-    plan = plan if isinstance(plan, Plan) else read_plan(plan)
+    path, plan = (None, plan) if isinstance(plan, Plan) else (plan, read_plan(plan))
     profile = profile or machine()
-    if plan.gpu_memory_gib is not None and plan.gpu_memory_gib < profile.gpu.memory_gib.value:
-        profile = dataclasses.replace(profile, gpu=capped(profile.gpu, plan.gpu_memory_gib))
-    model = load_model(plan.model)
-    check(plan, model)
+    try:
+        model = load_model(plan.model)
+        check(plan, model)
+        if plan.gpu_memory_gib is not None and plan.gpu_memory_gib < profile.gpu.memory_gib.value:
+            profile = dataclasses.replace(profile, gpu=capped(profile.gpu, plan.gpu_memory_gib))
+    except SlidetuneError as error:
+        if path is None:
+            raise
+        raise BadFile(f"{path}: {error.message}", error.hint) from None
     evaluator = Evaluator(model, profile)
     if not evaluator.fits(plan):
         raise does_not_fit(model, profile, plan, f"this plan for {model.name} on {profile.name}")
@@ -242,14 +250,24 @@ def simulate_policy(
         raise SlidetuneError(f"unknown policy {policy!r}.", f"Known: {', '.join(POLICIES)}.")
     model = load_model(model) if isinstance(model, str) else model
     profile = profile or machine()
-    schedule = build_slideformer(
-        model,
-        batch=batch,
-        seq_len=seq_len,
-        adam_threads=int(profile.host.cores.value),
-        kernels=profile.gpu.kernels,
-    )
-    _check_schedule_fits(schedule, profile, f"{policy}'s step of {batch} sequences for {model.name}")
+
+    def built(sequences: int) -> Schedule:
+        return build_slideformer(
+            model,
+            batch=sequences,
+            seq_len=seq_len,
+            adam_threads=int(profile.host.cores.value),
+            kernels=profile.gpu.kernels,
+        )
+
+    schedule = built(batch)
+    needs = _peaks(schedule)
+    if not _fits(needs, profile):
+        halves = (batch >> k for k in range(1, batch.bit_length()))
+        smaller = next((half for half in halves if _fits(_peaks(built(half)), profile)), None)
+        remedies = [*([f"--batch {smaller}"] if smaller else []), machine_that_holds(profile, needs)]
+        what = f"{policy}'s step of {batch} sequences for {model.name}"
+        raise overflow_error(what, profile, schedule.pools, schedule.working_bytes(), remedies)
     return Priced(model=model, profile=profile, prediction=predict(schedule, profile))
 
 
@@ -266,6 +284,9 @@ def fit(
     `progress` is called with models done, models to do, and the name of the next.
     """
     profile = profile or machine()
+    if seq_len < 1:
+        raise SlidetuneError(f"--seq-len {seq_len}: must be at least 1.")
+    _check_trials(trials)
     names = sorted(models or model_names(), key=_published_params)
     rows = []
     for done, name in enumerate(names):
@@ -284,9 +305,10 @@ def _fit_one(model: ModelSpec, profile: HardwareProfile, seq_len: int, trials: i
     overflow = evaluator.overflow(space.plan(smallest(space, evaluator)))
     lacking = max(overflow, key=lambda tier: overflow[tier])
     if overflow[lacking] > 0:
-        return Fit(model=model.name, params=model.params, planned=None, lacking=lacking)
+        return Fit(model=model.name, params=model.params, seq_len=base.seq_len, planned=None, lacking=lacking)
     with Workers(evaluator) as workers:
-        return Fit(model=model.name, params=model.params, planned=search(space, evaluator, workers, trials=trials))
+        found = search(space, evaluator, workers, trials=trials)
+    return Fit(model=model.name, params=model.params, seq_len=base.seq_len, planned=found)
 
 
 def _published_params(name: str) -> int:
@@ -304,12 +326,19 @@ def _check_request(
         )
     if batch is not None and batch < 1:
         raise SlidetuneError(f"--batch {batch}: must be at least 1.")
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise SlidetuneError(f"--clip {clip_norm:g}: must be a number above 0.")
+    _check_trials(trials)
+
+
+def _check_trials(trials: int) -> None:
     if trials < 1:
         raise SlidetuneError(f"--trials {trials}: must be at least 1.")
-    if clip_norm is not None and not clip_norm > 0:
-        raise SlidetuneError(f"--clip {clip_norm:g}: must be above 0.")
 
 
-def _check_schedule_fits(schedule: Schedule, profile: HardwareProfile, what: str) -> None:
-    if any(schedule.peak_bytes(tier) > profile.capacity_bytes(tier) for tier in ("gpu", "ram", "nvme")):
-        raise overflow_error(what, profile, schedule.pools, schedule.working_bytes(), [])
+def _peaks(schedule: Schedule) -> dict[str, int]:
+    return {tier: schedule.peak_bytes(tier) for tier in TIERS}
+
+
+def _fits(needs: Mapping[str, int], profile: HardwareProfile) -> bool:
+    return all(size <= profile.capacity_bytes(tier) for tier, size in needs.items())

@@ -26,7 +26,8 @@ class UnknownName(SlidetuneError):
         folded = {k.casefold(): k for k in known}
         near = [folded[k] for k in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)]
         near = near or [k for k in known if name and name.casefold() in k.casefold()][:3]
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known[:12])}, ..."
+        some = ", ".join(known[:12]) + (", ..." if len(known) > 12 else ".")
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {some}"
         super().__init__(f"unknown {what} {name!r}.", f"{hint} {see}".strip())
 
 

@@ -10,8 +10,7 @@ def format_bytes(size: float) -> str:
     """12.3 GiB, 640 MiB, 12 B: binary units, as memory is sold and `nvidia-smi` prints it."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(size) >= unit:
-            value = size / unit
-            return f"{value:,.0f} {name}" if abs(value) >= 100 else f"{value:.3g} {name}"
+            return f"{_three_digits(size / unit)} {name}"
     return f"{size:.0f} B"
 
 
@@ -20,15 +19,20 @@ def format_seconds(seconds: float) -> str:
     if seconds >= 3600:
         return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
     if seconds >= 1:
-        return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+        return f"{_three_digits(seconds)} s"
     if seconds >= 1e-3:
-        return f"{seconds * 1e3:.3g} ms"
-    return f"{seconds * 1e6:.3g} µs"
+        return f"{_three_digits(seconds * 1e3)} ms"
+    return f"{_three_digits(seconds * 1e6)} µs"
 
 
 def format_count(count: float) -> str:
     """8.03 B, 494 M: parameters."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= unit:
-            return f"{count / unit:.3g} {name}"
+            return f"{_three_digits(count / unit)} {name}"
     return f"{count:.0f}"
+
+
+def _three_digits(value: float) -> str:
+    """1.23, 12.3, 123, 1,234: never an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"

@@ -51,7 +51,7 @@ def starting_points(space: Space, evaluator: Evaluator) -> Iterator[Point]:
 
 
 def smallest(space: Space, evaluator: Evaluator) -> Point:
-    """A point that fits if one does; otherwise the one whose worst overflow is least.
+    """A point that fits if one does; otherwise the one that overflows fewest tiers, and those least.
 
     No point needs least of every tier: layers and inputs on the GPU or the drive spare RAM, and a fixed batch takes
     other buffers cut in few micro-batches than in many. So those choices are tried in turn, each with the least of
@@ -67,7 +67,7 @@ def smallest(space: Space, evaluator: Evaluator) -> Point:
         sorted(axes["optimizer_nvme"], reverse=True),
         sorted(axes["weights_nvme"], reverse=True),
     )
-    best, least = None, math.inf
+    best, least = None, (math.inf, math.inf)
     for micro_batch, update, (inputs_gpu, inputs_nvme), resident, optimizer, weights in tried:
         point = space.point(
             {
@@ -82,10 +82,11 @@ def smallest(space: Space, evaluator: Evaluator) -> Point:
                 "activations.nvme": inputs_nvme,
             }
         )
-        overflow = max(evaluator.overflow(space.plan(point)).values())
-        if overflow < least:
-            best, least = point, overflow
-        if overflow <= 0:
+        overflow = evaluator.overflow(space.plan(point)).values()
+        lack = (sum(share > 0 for share in overflow), max(overflow))
+        if lack < least:
+            best, least = point, lack
+        if not lack[0]:
             break
     return best
 

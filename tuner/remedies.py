@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from slidetune import buffers
 from slidetune.errors import DoesNotFit
@@ -88,10 +88,29 @@ def _candidates(model: ModelSpec, profile: HardwareProfile, plan: Plan) -> Itera
         lambda p: f"resident_weights: {p.resident_weights}",
         (changed(resident_weights=n) for n in down(plan.resident_weights)),
     )
+    yield (
+        lambda p: f"resident_layers: {p.resident_layers}",
+        (changed(resident_layers=n) for n in range(plan.resident_layers + 1, layers + 1)),
+    )
+    yield (
+        lambda p: f"activations.gpu: {p.activations.gpu}",
+        (
+            changed(activations=Activations(gpu=n, nvme=plan.activations.nvme))
+            for n in range(plan.activations.gpu + 1, layers - plan.activations.nvme + 1)
+        ),
+    )
     smaller = [d for d in range(plan.batch, 0, -1) if plan.batch % d == 0 and d < plan.micro_batch]
     yield (
         lambda p: f"micro_batch: {p.micro_batch} with accumulation: {p.accumulation} (the same batch)",
         (changed(micro_batch=d, accumulation=plan.batch // d) for d in smaller),
+    )
+    yield (
+        lambda p: f"activations.nvme: {p.activations.nvme}",
+        (changed(activations=Activations(gpu=plan.activations.gpu, nvme=n)) for n in down(plan.activations.nvme)),
+    )
+    yield (
+        lambda p: f"optimizer_nvme: {p.optimizer_nvme}",
+        (changed(optimizer_nvme=n) for n in down(plan.optimizer_nvme)),
     )
     if profile.nvme is not None:
         yield (
@@ -110,7 +129,7 @@ def _candidates(model: ModelSpec, profile: HardwareProfile, plan: Plan) -> Itera
             (changed(optimizer_nvme=sliding, weights_nvme=n) for n in range(1, sliding + 1)),
         )
     yield (
-        lambda p: f"a smaller batch (micro_batch: {p.micro_batch}, accumulation: {p.accumulation})",
+        lambda p: f"a batch of {p.batch} (micro_batch: {p.micro_batch}, accumulation: {p.accumulation})",
         (
             *(changed(accumulation=n) for n in range(plan.accumulation - 1, 0, -1)),
             *(changed(micro_batch=n, accumulation=1) for n in down(plan.micro_batch) if n),
@@ -123,8 +142,15 @@ def _candidates(model: ModelSpec, profile: HardwareProfile, plan: Plan) -> Itera
 
 
 def _changes_of_the_machine(model: ModelSpec, profile: HardwareProfile, plan: Plan) -> Iterator[str]:
-    """The machine on which the plan fits as it is."""
+    """The machine on which the plan fits as it is, and the drive that would do instead."""
     needs = buffers.peak_bytes(model, plan, profile.gpu.kernels)
+    yield machine_that_holds(profile, needs)
+    if profile.nvme is None and needs["ram"] > profile.capacity_bytes("ram"):
+        yield from _with_a_drive(model, profile, plan)
+
+
+def machine_that_holds(profile: HardwareProfile, needs: Mapping[str, int]) -> str:
+    """What the machine must have in place of what is too small for so many bytes of each tier."""
     texts = []
     if needs["gpu"] > profile.capacity_bytes("gpu"):
         texts.append(f"a GPU of {_up(needs['gpu'] / GIB + profile.gpu.context_gib.value, _GPU_STEP)} GiB")
@@ -132,22 +158,20 @@ def _changes_of_the_machine(model: ModelSpec, profile: HardwareProfile, plan: Pl
         texts.append(f"--ram {_up(needs['ram'] / GIB + profile.host.process_gib.value, _RAM_STEP)}")
     if needs["nvme"] > profile.capacity_bytes("nvme"):
         texts.append(f"--nvme {math.ceil(needs['nvme'] / GB / 100) / 10:g}TB:READ/WRITE")
-    yield "a machine with " + " and ".join(texts)
-    if profile.nvme is None and needs["ram"] > profile.capacity_bytes("ram"):
-        yield from _with_a_drive(model, profile, plan)
+    return "a machine with " + " and ".join(texts)
 
 
 def _with_a_drive(model: ModelSpec, profile: HardwareProfile, plan: Plan) -> Iterator[str]:
     """The least a drive must hold so that the plan fits with its state, or weights too, on it."""
     sliding = len(model.layers) - plan.resident_layers
     for weights in (0, sliding):
-        needs = buffers.peak_bytes(
-            model,
-            dataclasses.replace(plan, optimizer_nvme=sliding, weights_nvme=weights, resident_weights=0),
-            profile.gpu.kernels,
-        )
+        moved = {"optimizer_nvme": sliding} | ({"weights_nvme": sliding} if weights else {})
+        if weights and plan.resident_weights:
+            moved["resident_weights"] = 0
+        needs = buffers.peak_bytes(model, dataclasses.replace(plan, **moved), profile.gpu.kernels)
         if all(needs[tier] <= profile.capacity_bytes(tier) for tier in ("gpu", "ram")):
-            yield f"an NVMe drive (--nvme {math.ceil(needs['nvme'] / GB / 100) / 10:g}TB:7/5)"
+            said = ", ".join(f"{knob}: {value}" for knob, value in moved.items())
+            yield f"an NVMe drive (--nvme {math.ceil(needs['nvme'] / GB / 100) / 10:g}TB:7/5) with {said}"
             return
 
 

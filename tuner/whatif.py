@@ -84,6 +84,9 @@ def _after(here: Evaluator, case: tuple[str, HardwareProfile, Plan]) -> tuple[fl
     """Tokens/s of the plan at hand, and of the best among it and a few that put the change to use."""
     _, changed, plan = case
     model, evaluator = here.model, Evaluator(here.model, changed)
+    if plan.gpu_memory_gib is not None:
+        # A cap on GPU memory is part of the machine: with more of it, the cap is higher.
+        plan = dataclasses.replace(plan, gpu_memory_gib=changed.gpu.memory_gib.value)
     space = full_space(model, changed, plan, plan.batch)
     # Adam may use cores that were not there before.
     threads = max(plan.adam_threads, *next(axis.values for axis in space.axes if axis.name == "adam_threads"))

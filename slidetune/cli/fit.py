@@ -26,17 +26,26 @@ def fit(
     json: Json = False,
 ) -> None:
     """For a machine: which catalog models fit, at what tokens/s, with their state in which tiers."""
+    length = api.DEFAULT_SEQ_LEN if seq_len is None else seq_len
+    assumed = [*([] if seq_len else [f"sequences of {api.DEFAULT_SEQ_LEN} tokens (--seq-len)"]), *here.assumed]
     with console.progress("fitting") as advance:
-        rows = api.fit(here.profile, model, seq_len=seq_len or api.DEFAULT_SEQ_LEN, trials=trials, progress=advance)
+        rows = api.fit(
+            here.profile,
+            model,
+            seq_len=length,
+            trials=trials,
+            progress=advance,
+        )
     if json:
         console.print_json(
             {
                 "machine": here.profile.name,
-                "assumed": list(here.assumed),
+                "assumed": assumed,
                 "models": [
                     {
                         "model": row.model,
                         "params": row.params,
+                        "seq_len": row.seq_len,
                         "fits": row.planned is not None,
                         "lacking": row.lacking or None,
                         "worth": dataclasses.asdict(row.planned.worth) if row.planned else None,
@@ -47,6 +56,10 @@ def fit(
             }
         )
         return
-    console.out.print(pages.machine_rows(here.profile, here.assumed))
+    console.out.print(pages.machine_rows(here.profile, assumed))
     console.out.print()
     console.out.print(pages.fit_table(rows))
+    shorter = [row for row in rows if row.seq_len < length]
+    if shorter:
+        names = ", ".join(f"{row.model} ({row.seq_len} tokens)" for row in shorter)
+        console.out.print(f"With shorter sequences, having no more positions: {names}", style="dim")

@@ -22,14 +22,13 @@ _FILES = {"plan": Plan, "profile": HardwareProfile}
 
 
 def gpus(json: Json = False) -> None:
-    """The GPUs in the catalog, with rates and memory; --json has every figure's source."""
+    """The GPUs in the catalog, with rates and memory; --json has full names and every figure's source."""
     names = gpu_names()
     if json:
         console.print_json({name: dataclasses.asdict(load_gpu(name)) for name in names})
         return
     table = _table(
         ("Name", "left"),
-        ("GPU", "left"),
         ("bf16 TFLOP/s", "right"),
         ("reached", "right"),
         ("memory GiB", "right"),
@@ -40,7 +39,6 @@ def gpus(json: Json = False) -> None:
         gpu = load_gpu(name)
         table.add_row(
             name,
-            gpu.name,
             f"{gpu.bf16_tflops.value:,.4g}",
             f"{gpu.matmul_efficiency.value:.0%}",
             f"{gpu.memory_gib.value:.4g}",
@@ -51,7 +49,7 @@ def gpus(json: Json = False) -> None:
 
 
 def models(json: Json = False) -> None:
-    """The models in the offline catalog."""
+    """The models in the offline catalog; --json has their hub ids."""
     specs = [load_model(name) for name in model_names()]
     if json:
         console.print_json(
@@ -78,7 +76,6 @@ def models(json: Json = False) -> None:
         ("layers", "right"),
         ("hidden", "right"),
         ("positions", "right"),
-        ("hub id", "left"),
     )
     for spec in specs:
         table.add_row(
@@ -89,7 +86,6 @@ def models(json: Json = False) -> None:
             str(len(spec.layers)),
             f"{spec.hidden_size:,}",
             f"{spec.max_seq_len:,}",
-            catalog_row(spec.name)["hub"],
         )
     console.out.print(table)
 
@@ -104,5 +100,5 @@ def schema(kind: Annotated[str, typer.Argument(metavar="plan|profile")]) -> None
 def _table(*columns: tuple[str, str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in columns:
-        table.add_column(name, justify=justify)
+        table.add_column(name, justify=justify, no_wrap=True)
     return table

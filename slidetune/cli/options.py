@@ -109,7 +109,7 @@ def _machine_from(
 
 def _assumed(here: HardwareProfile, gpu: str | None, host: str | None, changes: dict[str, Any]) -> list[str]:
     """What of the machine nobody said, each with the flag that says it."""
-    phrases = [] if gpu else [f"an {here.gpu.name} (--gpu)"]
+    phrases = [] if gpu else [f"a {here.gpu.name} (--gpu)"]
     nvme = here.nvme
     drive = (
         f"{nvme.size_gb.value / 1000:g} TB of NVMe, {nvme.read_gbs.value:g}/{nvme.write_gbs.value:g} GB/s"

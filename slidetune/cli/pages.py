@@ -15,6 +15,7 @@ from slidetune.plans import Plan, knobs
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, TIERS
 from slidetune.simulator.memory import TierMemory
 from slidetune.simulator.predict import Prediction
+from slidetune.tuner.whatif import AS_IT_IS
 from slidetune.units import GIB, TB, format_bytes, format_count, format_seconds
 
 _BAR = 16
@@ -127,11 +128,15 @@ def tiers(plan: Plan) -> str:
     """Where the layers' optimizer state lives."""
     parts = []
     if plan.resident_layers:
-        parts.append(f"GPU ({plan.resident_layers} layers)")
+        parts.append(f"GPU ({_layers(plan.resident_layers)})")
     parts.append("RAM")
     if plan.optimizer_nvme:
-        parts.append(f"NVMe ({plan.optimizer_nvme} layers)")
+        parts.append(f"NVMe ({_layers(plan.optimizer_nvme)})")
     return ", ".join(parts)
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _rows() -> Table:
@@ -225,7 +230,7 @@ def _whatif(priced: Priced) -> RenderableType:
     helps = [row for row in priced.whatif if row.gain >= _TELLING]
     for row in helps:
         table.add_row(row.change, f"{row.tokens_per_s:,.0f}", f"{row.gain:+.1%}", _bar(row.gain / most))
-    rest = [row.change for row in priced.whatif if row.gain < _TELLING]
+    rest = [row.change for row in priced.whatif if row.gain < _TELLING and row.change != AS_IT_IS]
     if not rest:
         return table
     return Group(table, Text(("No help: " if helps else "Nothing helps: ") + ", ".join(rest), style="dim"))

@@ -10,7 +10,7 @@ import typer
 from slidetune import api
 from slidetune.cli import console, pages
 from slidetune.cli.options import Json, Machine, SeqLen, TraceFile, with_machine
-from slidetune.cli.results import write_report_files, write_trace_file
+from slidetune.cli.results import check_writable, write_report_files, write_trace_file
 from slidetune.models import load_model
 from slidetune.plan_file import write_plan
 from slidetune.units import format_seconds
@@ -71,14 +71,16 @@ def plan(
     Writes the plan to plan.yaml, with a comment on what each knob does and why it has its value.
     """
     spec = load_model(model or api.DEFAULT_MODEL)
-    assumed = [*_assumed(model, seq_len), *here.assumed]
+    length = min(api.DEFAULT_SEQ_LEN, spec.max_seq_len) if seq_len is None else seq_len
+    assumed = [*_assumed(model, seq_len, length), *here.assumed]
+    check_writable(output, trace)
     if not json:
         console.out.print(pages.header(spec, here.profile, assumed))
     with console.progress("planning") as advance:
         planned = api.plan(
             spec,
             here.profile,
-            seq_len=seq_len or min(api.DEFAULT_SEQ_LEN, spec.max_seq_len),
+            seq_len=length,
             batch=batch,
             clip_norm=clip,
             objective=objective,
@@ -104,9 +106,9 @@ def plan(
             console.out.print(f"Written: {path}", style="dim")
 
 
-def _assumed(model: str | None, seq_len: int | None) -> list[str]:
+def _assumed(model: str | None, given: int | None, seq_len: int) -> list[str]:
     phrases = [] if model else [f"{api.DEFAULT_MODEL} (--model)"]
-    return phrases if seq_len else [*phrases, f"sequences of {api.DEFAULT_SEQ_LEN} tokens (--seq-len)"]
+    return phrases if given else [*phrases, f"sequences of {seq_len} tokens (--seq-len)"]
 
 
 def _heading(planned: api.Planned) -> list[str]:

@@ -10,6 +10,15 @@ from slidetune.errors import BadFile
 from slidetune.reporting import report
 
 
+def check_writable(*paths: Path | None) -> None:
+    """Refuse, before a search rather than after it, files that can't be written."""
+    for path in paths:
+        if path is not None and path.is_dir():
+            raise BadFile(f"{path}: is a directory, not a file.")
+        if path is not None and not path.parent.is_dir():
+            raise BadFile(f"{path}: there is no directory {path.parent}.")
+
+
 def write_trace_file(path: Path, priced: Priced) -> None:
     """The predicted step for ui.perfetto.dev."""
     from slidetune.traces.perfetto import TraceProcess, write_trace

@@ -58,7 +58,9 @@ def report(
     if trace is not None:
         write_trace_file(trace, priced)
     page = write_report_files(output, priced, here.assumed)
-    console.out.print(f"Written: {page}")
+    for path in (page, trace):
+        if path is not None:
+            console.out.print(f"Written: {path}")
 
 
 def _priced(
@@ -77,7 +79,7 @@ def _priced(
             model or api.DEFAULT_MODEL,
             here.profile,
             batch=1 if batch is None else batch,
-            seq_len=seq_len or api.DEFAULT_SEQ_LEN,
+            seq_len=api.DEFAULT_SEQ_LEN if seq_len is None else seq_len,
         )
     if plan is None:
         raise SlidetuneError("nothing to simulate.", "Give a plan file, or --policy slideformer.")
