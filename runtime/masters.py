@@ -6,15 +6,15 @@ other, so a tier is four arrays: halves, remainders, first and second moments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from slidetune.runtime.layout import Layout
-from slidetune.runtime.nvme import NvmeFile, aligned
+from slidetune.runtime.layout import Entry, Layout
+from slidetune.runtime.nvme import ALIGNMENT, NvmeFile, aligned
 from slidetune.runtime.split import join, split
 
 if TYPE_CHECKING:
@@ -167,22 +167,31 @@ def place_masters(
     return masters
 
 
-def write_master(master: Master, values: Tensor, slot: Tensor | None = None) -> None:
-    """Set a unit's parameters from a flat fp32 tensor of all its elements; moments become zero.
+def write_master(
+    master: Master, parts: Iterable[tuple[Entry, Iterable[tuple[int, Tensor]]]], slot: Tensor | None
+) -> None:
+    """Set a unit's parameters; moments become zero.
 
-    `slot`: a staging buffer (bytes) for units on NVMe.
+    Args:
+        parts: each entry with pieces of its values: (first element, flat tensor of any float dtype).
+        slot: a staging buffer (bytes) for units on NVMe.
     """
-    layout = master.layout
-    high, low = split(values)
-    if master.drive is None:
-        master.high.copy_(high)
-        master.state.low.copy_(low[: layout.trained])
+    layout, drive = master.layout, master.drive
+    high, low = master.high, None if master.state is None else master.state.low
+    if drive is not None:
+        high = torch.empty(layout.total, dtype=torch.bfloat16) if high is None else high
+        low = torch.empty(layout.trained, dtype=torch.int16)
+    for entry, pieces in parts:
+        for first, values in pieces:
+            start = entry.start + first
+            upper, lower = split(values.to(device=high.device, dtype=torch.float32))
+            high[start : start + values.numel()].copy_(upper)
+            if entry.hyper is not None:
+                low[start : start + values.numel()].copy_(lower)
+    if drive is None:
         master.state.exp_avg.zero_()
         master.state.exp_avg_sq.zero_()
         return
-    if master.high is not None:
-        master.high.copy_(high)
-    drive = master.drive
     for number in range(-(-layout.trained // drive.chunk)):
         span = slice(number * drive.chunk, min((number + 1) * drive.chunk, layout.trained))
         staged = drive.staged(slot, number)
@@ -212,9 +221,13 @@ def read_master(master: Master, slot: Tensor | None = None) -> Tensor:
     return torch.cat((join(high[: layout.trained].contiguous(), low), high[layout.trained :].float()))
 
 
-def _aligned_bytes(nbytes: int) -> Tensor:
-    from slidetune.runtime.nvme import ALIGNMENT
+def unit_weights(master: Master, slot: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A unit's parameters by name, on the host, rounded to `dtype`."""
+    flat = read_master(master, slot)
+    return {entry.name: entry.of(flat).to(dtype).clone() for entry in master.layout.entries}
 
+
+def _aligned_bytes(nbytes: int) -> Tensor:
     whole = torch.empty(aligned(nbytes) + ALIGNMENT, dtype=torch.uint8)
     start = -whole.data_ptr() % ALIGNMENT
     return whole[start : start + aligned(nbytes)]

@@ -27,7 +27,8 @@ from slidetune.runtime.adam import AdamW
 from slidetune.runtime.binding import Parts
 from slidetune.runtime.lanes import Lanes
 from slidetune.runtime.layout import Layout
-from slidetune.runtime.masters import Master, OnDrive, place_masters, read_master, write_master
+from slidetune.runtime.loading import FromModel, FromSafetensors, RandomWeights, Source
+from slidetune.runtime.masters import Master, OnDrive, place_masters, unit_weights, write_master
 from slidetune.runtime.measured import trace_rows
 from slidetune.runtime.nvme import NvmeFile, aligned
 from slidetune.runtime.operations import Machine, Operations
@@ -35,8 +36,10 @@ from slidetune.runtime.pointing import Pointed
 from slidetune.runtime.pools import Pools
 from slidetune.runtime.randomness import Randomness, draws_random_numbers
 from slidetune.runtime.rows import RowTables
+from slidetune.runtime.saving import save_units
+from slidetune.runtime.skeleton import skeleton
 from slidetune.runtime.steps import Step
-from slidetune.runtime.unit_layouts import Rule, UnitLayout, frozen_counts, read_values, unit_layouts
+from slidetune.runtime.unit_layouts import Rule, UnitLayout, frozen_counts, unit_layouts
 from slidetune.schedule import Schedule
 from slidetune.trace import TraceRow
 from slidetune.units import format_bytes
@@ -62,15 +65,18 @@ class SlidingTrainer:
     """Trains `model` as `plan` says. A context manager; `close` gives all memory, threads and files back.
 
     Args:
-        model: a transformers causal language model on the CPU. Its modules are used and its weights taken: it
-            can't compute on its own any more afterwards.
+        model: a transformers causal language model on the CPU: its modules are used and its weights taken, it
+            can't compute on its own any more afterwards. Or a directory of safetensors files, which are read
+            tensor by tensor.
+        random_weights: `model` is a directory, config.json, hub id or catalog name, of which only the config is
+            read; the weights are what the model's own initialisation makes of `seed`.
         plan: for this model; every knob is honoured, or refused here.
         optimizer: AdamW's hyper-parameters.
         rule: (name, parameter) -> hyper-parameters of this parameter, None to freeze it. By default `optimizer`,
             without weight decay for norms and biases; parameters with `requires_grad=False` are frozen.
         device: a CUDA device, or the CPU, which runs the same lanes without streams. By default the first GPU.
         nvme_folder: where the NVMe tier's file goes; needed if the plan uses that tier.
-        seed: of dropout.
+        seed: of dropout and of random weights.
         trace: record when each task ran; see `trace`.
         accept_non_finite: make updates of steps whose loss is NaN or infinite too.
         loss_chunk_tokens: tokens whose logits exist at a time; by default what the schedule assumes.
@@ -82,9 +88,10 @@ class SlidingTrainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str | Path,
         plan: Plan,
         *,
+        random_weights: bool = False,
         optimizer: AdamW | None = None,
         rule: Rule | None = None,
         device: torch.device | str | None = None,
@@ -104,6 +111,7 @@ class SlidingTrainer:
         self._nvme: NvmeFile | None = None
         self._lanes: Lanes | None = None
         self._closed = False
+        model, source = _model_and_weights(model, random_weights, seed)
         whole = spec_of(model, plan.model)
         self.parts = Parts(model, whole)
         model.train()
@@ -112,7 +120,7 @@ class SlidingTrainer:
         self.schedule: Schedule = build(self.spec, plan)
         self._check_memory()
         try:
-            self._set_up(model, units, nvme_folder, seed, loss_chunk_tokens)
+            self._set_up(model, source, units, nvme_folder, seed, loss_chunk_tokens)
         except BaseException:
             self.close()
             raise
@@ -181,10 +189,17 @@ class SlidingTrainer:
         found: dict[str, Tensor] = {}
         slot = self._staging()
         for master in self._masters:
-            flat = read_master(master, slot)
-            for entry in master.layout.entries:
-                found[entry.name] = entry.of(flat).to(dtype).clone()
+            found |= unit_weights(master, slot, dtype)
         return found
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write config and weights as transformers' `from_pretrained` takes them, a safetensors file a unit.
+
+        Raises SlidetuneError if the folder can't be written to.
+        """
+        self.finish()
+        slot = self._staging()
+        save_units(folder, self.parts.model, (unit_weights(master, slot, dtype) for master in self._masters))
 
     def grad_norm(self) -> float | None:
         """Norm of all gradients of the last step, before clipping; None if the plan doesn't clip. Waits for the
@@ -282,7 +297,13 @@ class SlidingTrainer:
                 torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), self.device)
 
     def _set_up(
-        self, model: nn.Module, units: list[UnitLayout], folder: str | Path | None, seed: int, loss_chunk: int | None
+        self,
+        model: nn.Module,
+        source: Source,
+        units: list[UnitLayout],
+        folder: str | Path | None,
+        seed: int,
+        loss_chunk: int | None,
     ) -> None:
         spec, plan, parts = self.spec, self.plan, self.parts
         places: list[Placement] = place_layers(plan, len(spec.layers))
@@ -293,8 +314,8 @@ class SlidingTrainer:
         unit_places = [None, *places, None]
         self._masters: list[Master] = place_masters(layouts, unit_places, self._pools, self._nvme, chunk, offset)
         slot = self._staging()
-        for master in self._masters:
-            write_master(master, read_values(model, master.layout), slot)
+        for unit, master in zip(units, self._masters, strict=True):
+            write_master(master, source.unit(unit), slot)
         self._pointed = [Pointed(unit.computed, unit.targets) if unit.targets else None for unit in units]
         tokens = plan.micro_batch * plan.seq_len
         machine = Machine(
@@ -371,6 +392,13 @@ def spec_of(model: nn.Module, name: str) -> ModelSpec:
     from slidetune.families import spec_from_config
 
     return spec_from_config(model.config.to_dict(), name)
+
+
+def _model_and_weights(model: nn.Module | str | Path, random_weights: bool, seed: int) -> tuple[nn.Module, Source]:
+    if isinstance(model, nn.Module):
+        return model, FromModel(model)
+    built = skeleton(model)
+    return built, RandomWeights(built, seed) if random_weights else FromSafetensors(model, built)
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from slidetune.errors import SlidetuneError
@@ -73,12 +72,3 @@ def frozen_counts(units: list[UnitLayout]) -> list[int]:
     if not any(unit.owned.trained for unit in units):
         raise SlidetuneError("all parameters are frozen: there is nothing to train.")
     return [unit.owned.total - unit.owned.trained for unit in units]
-
-
-def read_values(model: nn.Module, layout: Layout) -> Tensor:
-    """A unit's parameters as the model holds them: flat, fp32, on the host."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    values = torch.empty(layout.total, dtype=torch.float32)
-    for entry in layout.entries:
-        entry.of(values).copy_(parameters[entry.name].detach())
-    return values
