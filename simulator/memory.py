@@ -6,6 +6,7 @@ come and go. What of each pool is *in use* follows from the holds, and shows whe
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from slidetune.schedule import GPU, Schedule
@@ -78,7 +79,11 @@ def tier_memory(schedule: Schedule, rows: list[TraceRow], step_s: float, tier: s
     peak_s = times[totals.index(peak)]
     task = ""
     if working:
-        doing = [r for r in rows if r.lane == GPU and _covers(r.start_s, r.end_s, peak_s, step_s)]
+        doing = [
+            row
+            for row in rows
+            if row.lane == GPU and any(s <= peak_s < e for s, e, _ in _wrapped([(row.start_s, row.end_s, 0)], step_s))
+        ]
         task = f"{doing[-1].op} of unit {doing[-1].unit}" if doing else ""
     return TierMemory(
         tier=tier,
@@ -94,21 +99,20 @@ def tier_memory(schedule: Schedule, rows: list[TraceRow], step_s: float, tier: s
 
 def _wrapped(parts: list[tuple[float, float, int]], step_s: float) -> list[tuple[float, float, int]]:
     """Intervals cut at the step's ends and laid into [0, step_s)."""
+    # One holder's end is the next one's start, but for rounding: twelve digits of the step are the same moment.
+    digits = 12 - math.ceil(math.log10(step_s))
     cut: list[tuple[float, float, int]] = []
     for start, end, size in parts:
         if end - start >= step_s:
             # Held all step long, and by the next step's holder already for the overlap.
             cut.append((0.0, step_s, size))
             end -= step_s
-        offset = start % step_s
-        length = end - start
-        if length <= 0:
-            continue
-        if offset + length <= step_s:
-            cut.append((offset, offset + length, size))
-        else:
-            cut += [(offset, step_s, size), (0.0, offset + length - step_s, size)]
-    return cut
+        begin, until = round(start % step_s, digits), round(end % step_s, digits)
+        if begin < until:
+            cut.append((begin, until, size))
+        elif begin > until or end - start > step_s / 2:
+            cut += [(begin, step_s, size), (0.0, until, size)]
+    return [(start, end, size) for start, end, size in cut if start < min(end, step_s)]
 
 
 def _sums(parts: list[tuple[float, float, int]], times: list[float], together=sum) -> tuple[int, ...]:
@@ -128,8 +132,3 @@ def _sums(parts: list[tuple[float, float, int]], times: list[float], together=su
             at += 1
         out.append(total)
     return tuple(out)
-
-
-def _covers(start: float, end: float, moment: float, step_s: float) -> bool:
-    offset = start % step_s
-    return offset <= moment < offset + (end - start) or offset <= moment + step_s < offset + (end - start)

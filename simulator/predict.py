@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slidetune.builder import ADAM_BYTES_PER_PARAM
 from slidetune.hardware import HardwareProfile
-from slidetune.schedule import CPU_ADAM, GPU, NVME_READ, NVME_WRITE, TIERS, Schedule
+from slidetune.schedule import GPU, NVME_READ, NVME_WRITE, TIERS, Schedule
 from slidetune.simulator.bottleneck import LaneShare, critical_path, lane_shares, steady
 from slidetune.simulator.bounds import LANE_NAMES, bounds_s
 from slidetune.simulator.engine import simulate
@@ -16,6 +15,9 @@ from slidetune.trace import TraceRow
 
 # A lane whose tasks take this much longer than alone is held back by what it shares.
 _CONTENDED = 1.15
+# A lane that asks for more than this of a resource, when alone, is as fast as that resource.
+_FILLED = 0.999
+_SHARED = {"host DRAM": "host DRAM", "link duplex": "both directions of the link", "CPU cores": "CPU cores"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,17 +58,20 @@ class Prediction:
     def limiter(self) -> str:
         """What the step waits for most: the lane with most of the critical path, or what holds that lane back."""
         lane = next(iter(self.critical_s))
+        name = LANE_NAMES.get(lane, lane)
         share = self.lanes[lane]
-        host = self.profile.host
         contended = share.busy_s > _CONTENDED * share.alone_s
+        if lane == GPU:
+            return name
         if lane in (NVME_READ, NVME_WRITE):
-            return "NVMe drive (reads and writes together)" if contended else LANE_NAMES[lane]
-        dram_bound = lane == CPU_ADAM and (
-            host.cores.value * host.adam_gparams_per_core.value * 1e9 * ADAM_BYTES_PER_PARAM > host.dram_bytes_per_s
-        )
-        if lane != GPU and (dram_bound or contended):
-            return f"{LANE_NAMES[lane]} (host DRAM)"
-        return LANE_NAMES.get(lane, lane)
+            return "NVMe drive (reads and writes together)" if contended else name
+        work = next(task.work for task in self.schedule.tasks if task.work.lane == lane)
+        asked = dict(PriceList(self.profile).price(work).demand.shares)
+        if contended:
+            # Of what it shares with other lanes, what the step asks most of.
+            held_by = max(asked.keys() & _SHARED.keys(), key=self.bounds_s.__getitem__)
+            return f"{name} ({_SHARED[held_by]})"
+        return f"{name} (host DRAM)" if asked["host DRAM"] > _FILLED else name
 
 
 def predict(schedule: Schedule, profile: HardwareProfile, prices: PriceList | None = None) -> Prediction:
