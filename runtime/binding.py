@@ -163,13 +163,18 @@ class Parts:
         """
         stop = _Stop()
         looked_up = {t.name: _Rows(getattr(self.base, t.name)) for t in self.tables}
-        base = clone_module(self.base, **looked_up, **{self.layers_name: nn.ModuleList([stop] * len(self.layers))})
+        # Only layers use rotary embeddings, and theirs are recorded.
+        idle = {name: _Nothing() for name, child in self.base.named_children() if "Rotary" in type(child).__name__}
+        layers = {self.layers_name: nn.ModuleList([stop] * len(self.layers))}
+        base = clone_module(self.base, **looked_up, **idle, **layers)
 
         def run(rows: list[Tensor], numbers: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
             for module, table, number in zip(looked_up.values(), rows, numbers, strict=True):
                 module.table, module.number = table, number
+            # Masks are recorded too, and tables are told their rows: the mask would only be worked out again.
+            needed = {name: value for name, value in inputs.items() if name != "attention_mask"}
             try:
-                base(**inputs, use_cache=False)
+                base(**needed, use_cache=False)
             except _Reached as reached:
                 return reached.hidden
             finally:
@@ -246,6 +251,13 @@ class _AskedIds(nn.Module):
 class _Identity(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden
+
+
+class _Nothing(nn.Module):
+    """Stands in for a module whose output, a pair, nobody uses."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[None, None]:
+        return None, None
 
 
 class _Reached(Exception):

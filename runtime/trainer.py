@@ -8,6 +8,7 @@ with SlidingTrainer(model, plan, optimizer=AdamW(lr=1e-5)) as trainer:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -223,13 +224,19 @@ class SlidingTrainer:
         self._closed = True
         if self._lanes is not None:
             self._lanes.stop()
+            self._lanes.operations = ()
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            # After a device error this raises it once more: the first one is what the caller should see.
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize(self.device)
+            if self.plan.gpu_memory_bytes is not None:
+                torch.cuda.set_per_process_memory_fraction(1.0, self.device)
         for pointed in getattr(self, "_pointed", []):
             if pointed is not None:
                 pointed.release()
         self._masters = []
-        self._operations = None
+        self._operations = self._last = self._owed = None
+        self._recorded, self._recorded_before = [], []
         if self._pools is not None:
             self._pools.close()
         if self._nvme is not None:
@@ -341,6 +348,9 @@ class SlidingTrainer:
             getattr(parts.base, table.name)._parameters["weight"] = None
         model.to(self.device)
         self._operations = Operations(self.schedule, machine)
+        if self.device.type == "cuda":
+            # What was written here must be there for the lanes' streams.
+            torch.cuda.synchronize(self.device)
         self._lanes = Lanes(self.schedule, self._operations.run, self.device)
 
     def _tables(self, layout: Layout) -> RowTables:
