@@ -19,7 +19,7 @@ def describe() -> dict[str, str]:
         "cpu": _cpu_name(),
         "cores": str(len(psutil.Process().cpu_affinity())),
         "ram": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "kernel": platform.release(),
+        "kernel": platform.release().split("-")[0],
         "transparent hugepages": pages.read_text().split("[")[-1].split("]")[0] if pages.exists() else "none",
         "python": platform.python_version(),
         "torch": torch.__version__,

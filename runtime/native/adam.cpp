@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #include "pool.hpp"
 
@@ -88,6 +89,7 @@ void scalar(const Arrays& a, int64_t begin, int64_t end, const Coefficients& c) 
 
 // Both wide paths take as many elements at a time as 16-bit numbers fill a register, as two registers of fp32. The
 // 16-bit halves are put in an order in which unpack and pack, which work within 128-bit lanes, keep the elements'.
+// Where a moment is NaN the parameter is, too: one comparison for all of them says whether any is to be made quiet.
 
 // Hardware prefetchers stop at the end of a 4 KiB page, and there are five streams. 256 elements ahead was best on Zen 4,
 // in small and in large pages; 128 to 512 are within 5 %. Past an array's end a prefetch does nothing.
@@ -163,9 +165,18 @@ TARGET_AVX2 void avx2(const Arrays& a, int64_t begin, int64_t end, const Coeffic
       v = _mm256_fmadd_ps(_mm256_mul_ps(rest2, g[k]), g[k], _mm256_mul_ps(v, beta2));
       const __m256 denominator = _mm256_add_ps(_mm256_div_ps(_mm256_sqrt_ps(v), correction), eps);
       p = _mm256_sub_ps(_mm256_mul_ps(p, decay), _mm256_div_ps(_mm256_mul_ps(rate, m), denominator));
-      _mm256_storeu_ps(m_at, quiet8(m));
-      _mm256_storeu_ps(v_at, quiet8(v));
-      bits[k] = _mm256_castps_si256(quiet8(p));
+      _mm256_storeu_ps(m_at, m);
+      _mm256_storeu_ps(v_at, v);
+      bits[k] = _mm256_castps_si256(p);
+    }
+    const __m256 nan = _mm256_cmp_ps(_mm256_castsi256_ps(bits[0]), _mm256_castsi256_ps(bits[1]), _CMP_UNORD_Q);
+    if (__builtin_expect(!_mm256_testz_ps(nan, nan), 0)) {
+      for (int k = 0; k < 2; ++k) {
+        for (float* at : {a.exp_avg + i + 8 * k, a.exp_avg_sq + i + 8 * k}) {
+          _mm256_storeu_ps(at, quiet8(_mm256_loadu_ps(at)));
+        }
+        bits[k] = _mm256_castps_si256(quiet8(_mm256_castsi256_ps(bits[k])));
+      }
     }
     store_halves16(a.high + i, _mm256_srli_epi32(_mm256_add_epi32(bits[0], half), 16),
                    _mm256_srli_epi32(_mm256_add_epi32(bits[1], half), 16));
@@ -220,9 +231,18 @@ TARGET_AVX512 void avx512(const Arrays& a, int64_t begin, int64_t end, const Coe
       v = _mm512_fmadd_ps(_mm512_mul_ps(rest2, g[k]), g[k], _mm512_mul_ps(v, beta2));
       const __m512 denominator = _mm512_add_ps(_mm512_div_ps(_mm512_sqrt_ps(v), correction), eps);
       p = _mm512_sub_ps(_mm512_mul_ps(p, decay), _mm512_div_ps(_mm512_mul_ps(rate, m), denominator));
-      _mm512_storeu_ps(m_at, quiet16(m));
-      _mm512_storeu_ps(v_at, quiet16(v));
-      bits[k] = _mm512_castps_si512(quiet16(p));
+      _mm512_storeu_ps(m_at, m);
+      _mm512_storeu_ps(v_at, v);
+      bits[k] = _mm512_castps_si512(p);
+    }
+    if (__builtin_expect(
+            _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits[0]), _mm512_castsi512_ps(bits[1]), _CMP_UNORD_Q) != 0, 0)) {
+      for (int k = 0; k < 2; ++k) {
+        for (float* at : {a.exp_avg + i + 16 * k, a.exp_avg_sq + i + 16 * k}) {
+          _mm512_storeu_ps(at, quiet16(_mm512_loadu_ps(at)));
+        }
+        bits[k] = _mm512_castps_si512(quiet16(_mm512_castsi512_ps(bits[k])));
+      }
     }
     store_halves32(a.high + i, _mm512_srli_epi32(_mm512_add_epi32(bits[0], half), 16),
                    _mm512_srli_epi32(_mm512_add_epi32(bits[1], half), 16));
