@@ -89,16 +89,29 @@ def last_step(run: Run) -> dict[int, Executed]:
     return {done.task: done for done in run.executed if done.step == len(run.boundaries) - 1}
 
 
-def settled(run: Run) -> bool:
-    """Whether a recorded run's last step took as long as the one before, and left the lanes as that one had: what the
-    GPU's end found unfinished ended as long after it."""
-    last, tolerance = len(run.boundaries) - 1, 1e-3 * run.step_s
-    before, now = (
-        {done.task: done.end_s - run.boundaries[step] for done in run.executed if done.step == step}
-        for step in (last - 1, last)
-    )
-    unfinished = {task for ends in (before, now) for task, after_s in ends.items() if after_s > 0}
+def even(run: Run) -> bool:
+    """Whether the last two steps took as long, so that they don't alternate."""
     lasted = [end - start for start, end in pairwise(run.boundaries)][-2:]
-    return max(lasted) - min(lasted) <= tolerance and all(
-        task in before and abs(now[task] - before[task]) <= tolerance for task in unfinished
-    )
+    return max(lasted) - min(lasted) <= 1e-3 * run.step_s
+
+
+def settled(run: Run) -> bool:
+    """Whether a recorded run repeats itself: its last two steps took as long, and on every lane, what ended after the
+    first of them, or was run ahead of the second, came one step later again."""
+    return even(run) and max(map(abs, _drift_s(run)), default=0.0) <= 1e-3 * run.step_s
+
+
+def keeps_pace(run: Run) -> bool:
+    """The same, but lanes may still get further ahead: that leaves the step as long as it is."""
+    return even(run) and max(_drift_s(run), default=0.0) <= 1e-3 * run.step_s
+
+
+def _drift_s(run: Run) -> list[float]:
+    """How much later than after a step tasks came again."""
+    last = len(run.boundaries) - 1
+    ends = {(done.step, done.task): done.end_s for done in run.executed}
+    return [
+        ends[step + 1, task] - end_s - run.step_s
+        for (step, task), end_s in ends.items()
+        if (step + 1, task) in ends and (step == last or (step == last - 1 and end_s > run.boundaries[step]))
+    ]

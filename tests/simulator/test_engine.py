@@ -19,7 +19,7 @@ from slidetune.simulator.engine import simulate
 from slidetune.simulator.pricing import PriceList
 
 from ..strategies import RATES, machines, models_and_plans, plans, small_model
-from .by_hand import last_step, lasting, schedule_of, settled, unit_machine
+from .by_hand import keeps_pace, last_step, lasting, schedule_of, unit_machine
 
 
 def laws(examples):
@@ -269,7 +269,7 @@ def test_no_step_beats_its_busiest_resource(drawn, profile):
     schedule = build(*drawn)
     bound = max(bounds_s(schedule, PriceList(profile)).values())
     full, extrapolated = (run(schedule, profile, record=record) for record in (True, False))
-    assume(settled(full))
+    assume(keeps_pace(full))
     assert full.step_s >= bound * (1 - 1e-4)
     assert extrapolated.step_s >= bound * (1 - 0.005)
 
@@ -368,7 +368,7 @@ def recurrence_step_s(schedule, prices, steps=60):
 def test_without_sharing_the_step_is_that_of_the_recurrence(drawn, profile):
     schedule, prices = build(*drawn), PriceList(without_sharing(profile))
     outcome = simulate(schedule, prices, record=True)
-    assume(settled(outcome))
+    assume(keeps_pace(outcome))
     assert outcome.step_s == pytest.approx(recurrence_step_s(schedule, prices), rel=0.001)
 
 
@@ -380,7 +380,7 @@ def test_without_sharing_the_step_is_that_of_the_recurrence(drawn, profile):
 def test_without_sharing_more_of_anything_never_makes_a_step_slower(drawn, profile, path, factor):
     schedule, profile = build(*drawn), without_sharing(profile)
     before, after = run(schedule, profile), run(schedule, profile.scaled(path, factor))
-    assume(settled(before) and settled(after))
+    assume(keeps_pace(before) and keeps_pace(after))
     assert after.step_s <= before.step_s * (1 + 1e-4)
 
 
@@ -391,7 +391,7 @@ def test_more_of_everything_makes_a_step_faster(drawn, profile, factor):
     for path in RATES:
         better = better.scaled(path, factor)
     before, after = run(schedule, profile), run(schedule, better)
-    assume(settled(before) and settled(after))
+    assume(keeps_pace(before) and keeps_pace(after))
     assert after.step_s < before.step_s
 
 
@@ -404,7 +404,7 @@ def test_with_sharing_more_of_one_thing_costs_a_tenth_at_most(drawn, profile, pa
     to a faster download, one in a thousand to any other."""
     schedule = build(*drawn)
     before, after = run(schedule, profile), run(schedule, profile.scaled(path, factor))
-    assume(settled(before) and settled(after))
+    assume(keeps_pace(before) and keeps_pace(after))
     assert after.step_s <= before.step_s * 1.10
 
 
@@ -463,6 +463,27 @@ def test_a_step_is_not_steady_while_a_lane_falls_behind(record):
     prices = desktop(gpu__bf16_tflops=2.0, link__h2d_gbs=0.2)
     steady = recurrence_step_s(schedule, prices)
     assert simulate(schedule, prices, record=record).step_s == pytest.approx(steady, rel=0.005)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="Adam needs 0.0424 s a step and falls behind; two GPU steps of 0.0416 s are equal"
+)
+@pytest.mark.parametrize("record", [False, True])
+def test_a_lane_that_falls_behind_bounds_the_step_all_the_same(record):
+    model = small_model("layers of two sizes", 4)
+    plan = Plan(
+        model=model.name,
+        seq_len=96,
+        window=1,
+        prefetch=0,
+        resident_layers=4,
+        recompute=Recompute(keep=1, offload=3),
+        chunk_bytes=29370539,
+        adam_threads=4,
+    )
+    schedule, prices = build(model, plan), PriceList(machine("l4", "desktop"))
+    bound = bounds_s(schedule, prices)["CPU Adam"]
+    assert simulate(schedule, prices, record=record).step_s >= bound * (1 - 1e-4)
 
 
 @pytest.mark.xfail(strict=True, reason="repeats.py: no visits, but one end", raises=ValueError)
