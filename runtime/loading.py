@@ -21,6 +21,8 @@ Piece = tuple[int, Tensor]
 """First element and values (flat, any float dtype) of a part of a parameter."""
 # Elements at a time: bounds what a piece takes on its way into the split master.
 PIECE = 1 << 24
+_NO_WEIGHTS = "Give the directory that holds its safetensors files, or train random weights (--random-weights)."
+
 # How files name the parts of one expert, by the tensor in which transformers holds all of them: Qwen, Mixtral.
 _EXPERTS = {
     "gate_up_proj": (
@@ -94,7 +96,11 @@ class FromSafetensors:
     def __init__(self, folder: str | Path, model: nn.Module) -> None:
         from safetensors import safe_open
 
-        self._folder, self._open = Path(folder), safe_open
+        self._folder, self._open = Path(folder).expanduser(), safe_open
+        if self._folder.name == "config.json":
+            self._folder = self._folder.parent
+        if not self._folder.is_dir():
+            raise BadFile(f"{folder}: no directory with a model's weights.", _NO_WEIGHTS)
         self._files: dict[Path, Any] = {}
         self._where = self._index()
         self._prefix = model.base_model_prefix + "."
@@ -121,7 +127,7 @@ class FromSafetensors:
             return {name: self._folder / file for name, file in weight_map.items()}
         files = sorted(self._folder.glob("*.safetensors"))
         if not files:
-            raise BadFile(f"{self._folder}: no safetensors files.", "Use --random-weights to train from scratch.")
+            raise BadFile(f"{self._folder}: no safetensors files.", _NO_WEIGHTS)
         return {name: file for file in files for name in self._file(file).keys()}  # noqa: SIM118
 
     def _file(self, path: Path) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from slidetune.runtime.steps import Step
 from slidetune.schedule import GPU, Schedule
 from slidetune.trace import TraceRow
 
@@ -12,18 +12,22 @@ from slidetune.trace import TraceRow
 _WAIT_S = 1e-4
 
 
-def trace_rows(schedule: Schedule, steps: Sequence[Step], before: Sequence[Step] = ()) -> list[TraceRow]:
-    """The rows of finished steps, one a task. `before`: the last step recorded earlier, if any.
+class Recorded(NamedTuple):
+    """A step's number, and start and end of each of its tasks."""
+
+    step: int
+    times: list[tuple]
+
+
+def trace_rows(schedule: Schedule, steps: Sequence[Recorded]) -> list[TraceRow]:
+    """The rows of finished steps in a row, one a task.
 
     Times are seconds from the end of the step before on the GPU; in the first step, from its first task's start.
     """
     lanes = {lane: tasks for lane, tasks in schedule.lane_tasks().items() if tasks}
     rows: list[TraceRow] = []
-    previous = before[-1].times if before else None
-    for step in steps:
-        if step.times is None:
-            continue
-        times = step.times
+    previous = None
+    for number, times in steps:
         zero = min(start for start, _ in times)
         if previous is not None:
             zero = max(previous[task][1] for task in lanes[GPU])
@@ -33,7 +37,7 @@ def trace_rows(schedule: Schedule, steps: Sequence[Step], before: Sequence[Step]
                 task, (start, end) = schedule.tasks[index], times[index]
                 rows.append(
                     TraceRow(
-                        step=step.number,
+                        step=number,
                         op=task.work.op,
                         unit=task.unit,
                         micro_batch=task.micro_batch,

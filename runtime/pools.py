@@ -69,6 +69,10 @@ class Pools:
         while self._arenas:
             self._arenas.pop().close()
 
+    @property
+    def page_locked_bytes(self) -> int:
+        return sum(arena.nbytes for arena in self._arenas if arena.pinned)
+
     def sizes(self) -> Mapping[str, int]:
         """Bytes allocated a pool."""
         return {name: sum(slot.numel() for slot in slots) for name, slots in self._slots.items()}

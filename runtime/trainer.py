@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from slidetune.runtime.lanes import Lanes
 from slidetune.runtime.layout import Layout
 from slidetune.runtime.loading import FromModel, FromSafetensors, RandomWeights, Source
 from slidetune.runtime.masters import Master, OnDrive, place_masters, unit_weights, write_master
-from slidetune.runtime.measured import trace_rows
+from slidetune.runtime.measured import Recorded, trace_rows
 from slidetune.runtime.nvme import NvmeFile, aligned
 from slidetune.runtime.operations import Machine, Operations
 from slidetune.runtime.pointing import Pointed
@@ -78,7 +79,7 @@ class SlidingTrainer:
         device: a CUDA device, or the CPU, which runs the same lanes without streams. By default the first GPU.
         nvme_folder: where the NVMe tier's file goes; needed if the plan uses that tier.
         seed: of dropout and of random weights.
-        trace: record when each task ran; see `trace`.
+        trace: record when each task ran in the last so many steps; see `trace`.
         accept_non_finite: make updates of steps whose loss is NaN or infinite too.
         loss_chunk_tokens: tokens whose logits exist at a time; by default what the schedule assumes.
 
@@ -98,16 +99,14 @@ class SlidingTrainer:
         device: torch.device | str | None = None,
         nvme_folder: str | Path | None = None,
         seed: int = 0,
-        trace: bool = False,
+        trace: int = 0,
         accept_non_finite: bool = False,
         loss_chunk_tokens: int | None = None,
     ) -> None:
         self.plan = plan
         self._accept_non_finite = accept_non_finite
         self.device = _device(device)
-        self._trace, self._rows = trace, []
-        self._recorded: list[Step] = []
-        self._recorded_before: list[Step] = []
+        self._recorded: deque[Recorded] = deque(maxlen=trace + 1 if trace else 0)
         self._pools: Pools | None = None
         self._nvme: NvmeFile | None = None
         self._lanes: Lanes | None = None
@@ -182,7 +181,6 @@ class SlidingTrainer:
         except BaseException:
             self._lanes.stop()
             raise
-        self._collect_trace()
 
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """All parameters by their names in the model, on the host: the fp32 masters, or rounded to `dtype`."""
@@ -211,12 +209,25 @@ class SlidingTrainer:
         return clipping.gradient_norm(self._last)
 
     @property
+    def nvme_written_bytes(self) -> int:
+        """Bytes written to the NVMe tier so far: what the disk's endurance is spent on."""
+        return 0 if self._nvme is None else self._nvme.bytes_written
+
+    @property
+    def page_locked_bytes(self) -> int:
+        """Bytes of page-locked arenas; 0 without a GPU."""
+        return 0 if self._pools is None else self._pools.page_locked_bytes
+
+    @property
     def trace(self) -> list[TraceRow]:
-        """When each task ran, in all steps that have finished so far; needs `trace=True`."""
-        if not self._trace:
-            raise SlidetuneError("no trace was recorded.", "Make the trainer with trace=True.")
+        """When each task ran, in the last steps; how many was said at the start. Waits for them to finish."""
+        if not self._recorded.maxlen:
+            raise SlidetuneError("no trace was recorded.", "Say at the start how many steps to record: trace=8.")
         self.finish()
-        return list(self._rows)
+        timed = [Recorded(number, self._lanes.seconds(times)) for number, times in self._recorded]
+        rows = trace_rows(self.schedule, timed)
+        full = len(timed) == self._recorded.maxlen
+        return [row for row in rows if row.step != timed[0].step] if full else rows
 
     def close(self) -> None:
         """End all threads and give all memory and files back; may be called again. What the last step still owes
@@ -236,7 +247,6 @@ class SlidingTrainer:
                 pointed.release()
         self._masters = []
         self._operations = self._last = self._owed = None
-        self._recorded, self._recorded_before = [], []
         if self._pools is not None:
             self._pools.close()
         if self._nvme is not None:
@@ -264,11 +274,11 @@ class SlidingTrainer:
             **known,
         )
         step.squares = torch.zeros(2, dtype=torch.float64, device=self.device)
-        if self._trace and known:
+        if self._recorded.maxlen and known:
             if not self._recorded:
                 self._lanes.set_clock()
             step.times = [None] * len(self.schedule.tasks)
-            self._recorded.append(step)
+            self._recorded.append(Recorded(step.number, step.times))
         return step
 
     def _submit(self, step: Step) -> int:
@@ -387,14 +397,6 @@ class SlidingTrainer:
         if plan.weights_nvme and (2 * chunk) % 4096 and chunk < max(layout.trained for layout in layouts[1:-1]):
             raise SlidetuneError(f"with weights_nvme, chunk_bytes ({plan.chunk_bytes}) must be a multiple of 4096.")
         return NvmeFile(folder, size), {key: n * hidden for n, key in enumerate(inputs)}, offset
-
-    def _collect_trace(self) -> None:
-        """Turn the recorded steps into rows; all of them must have finished."""
-        for step in self._recorded:
-            step.times = self._lanes.seconds(step.times)
-        self._rows += trace_rows(self.schedule, self._recorded, self._recorded_before)
-        self._recorded_before = self._recorded[-1:] or self._recorded_before
-        self._recorded = []
 
 
 def spec_of(model: nn.Module, name: str) -> ModelSpec:
