@@ -55,7 +55,7 @@ def smallest(space: Space, evaluator: Evaluator) -> Point:
 
     No point needs least of every tier: layers and inputs on the GPU or the drive spare RAM, and a fixed batch takes
     other buffers cut in few micro-batches than in many. So those choices are tried in turn, each with the least of
-    everything else, beginning with what spares the GPU.
+    everything else, beginning with what spares the GPU; inputs go all to one tier.
     """
     axes = {axis.name: axis.values for axis in space.axes}
     ends = [(min(axes[name]), max(axes[name])) for name in ("activations.gpu", "activations.nvme")]

@@ -222,7 +222,7 @@ def describe(space: Space, evaluator: Evaluator) -> dict[str, object]:
         "clip_norm": space.base.clip_norm,
         "gpu_memory_gib": space.base.gpu_memory_gib,
         "kernels": profile.gpu.kernels,
-        **{path: figure.value for path, figure in profile.figures()},
+        **{path: float(figure) for path, figure in profile.figures()},
         **{f"choices of {axis.name}": list(axis.values) for axis in space.axes},
     }
 

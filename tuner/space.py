@@ -57,11 +57,12 @@ class Space:
         weights_nvme = round(v["weights_nvme"] * optimizer_nvme)
         inputs_gpu = round(v["activations.gpu"] * layers)
         keep = round(v["recompute.keep"] * layers)
-        batch = v.get("batch")
+        micro_batch, batch = v["micro_batch"], v.get("batch")
+        most = max(1, MAX_STEP_TOKENS // (micro_batch * self.base.seq_len))
         return replace(
             self.base,
-            micro_batch=v["micro_batch"],
-            accumulation=batch // v["micro_batch"] if batch else v["accumulation"],
+            micro_batch=micro_batch,
+            accumulation=batch // micro_batch if batch else min(v["accumulation"], most),
             prefetch=v["prefetch"],
             window=v["prefetch"] + v["spare_slots"],
             resident_layers=resident,

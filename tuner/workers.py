@@ -24,11 +24,11 @@ _MOST = 8
 
 
 class Workers:
-    """A worker a core, as a context manager; none where processes cannot be forked safely."""
+    """`count` processes (a core each), as a context manager; none where processes cannot be forked safely."""
 
-    def __init__(self, evaluator: Evaluator) -> None:
+    def __init__(self, evaluator: Evaluator, count: int | None = None) -> None:
         self.evaluator = evaluator
-        count = _usable_cores()
+        count = _usable_cores() if count is None else count
         self._pool = (
             ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _begin, (evaluator,)) if count > 1 else None
         )

@@ -1,0 +1,5 @@
+"""`python -m slidetune`: the command line."""
+
+from slidetune.cli.app import main
+
+main()
