@@ -21,6 +21,7 @@ from slidetune.plans import Placement, Plan
 from slidetune.runtime.adam import AdamW, adam_step
 from slidetune.runtime.binding import Parts
 from slidetune.runtime.clipping import add_squares, gradient_scale
+from slidetune.runtime.embedding import HostEmbedding
 from slidetune.runtime.masters import Master, State
 from slidetune.runtime.pointing import Pointed
 from slidetune.runtime.pools import Pools
@@ -87,7 +88,9 @@ class Operations:
             part: sum(task.work.op == f"adam {part}" for task in schedule.tasks) for part in ("rows", "rest")
         }
         self._place_gradients()
-        self._preludes = {H2D: machine.parts.prelude(), D2H: machine.parts.prelude()}
+        self.embedding = HostEmbedding(
+            machine.parts, machine.masters[EMBEDDING].high, self.spec.hidden_size, machine.randomness
+        )
         self._head = machine.parts.head()
         self.run = [self._bound(index, task) for index, task in enumerate(schedule.tasks)]
 
@@ -152,27 +155,12 @@ class Operations:
         staging = self._rows_staging(0, m)
 
         def run(step: Step) -> None:
-            if m == 0:
-                step.compact_rows = self._compact_rows(step)
-            batch = step.micro_batches[m]
-            with torch.no_grad(), self._randomly(step, EMBEDDING, m, host=True):
-                hidden = self._preludes[H2D](step.compact_rows, batch.rows, batch.inputs)
-            staged = _as_hidden(staging, batch.shape, self.spec.hidden_size)
-            staged.copy_(hidden)
-            _as_hidden(target, batch.shape, self.spec.hidden_size).copy_(staged, non_blocking=True)
+            shape = step.micro_batches[m].shape
+            staged = _as_hidden(staging, shape, self.spec.hidden_size)
+            self.embedding.gather(step, m, staged)
+            _as_hidden(target, shape, self.spec.hidden_size).copy_(staged, non_blocking=True)
 
         return run
-
-    def _compact_rows(self, step: Step) -> list[Tensor]:
-        """The rows of each table that the step reads."""
-        width = self.spec.hidden_size
-        table = self.machine.masters[EMBEDDING].high.view(-1, width)
-        rows, at = [], 0
-        for part in self.machine.parts.tables:
-            ids = step.rows[(step.rows >= at) & (step.rows < at + part.rows)]
-            rows.append(table.index_select(0, ids))
-            at += part.rows
-        return rows
 
     def _rows_staging(self, slot: int, m: int) -> Tensor:
         size = self.spec.hidden_size * self.plan.micro_batch * self.plan.seq_len
@@ -189,7 +177,7 @@ class Operations:
             staged = _as_hidden(staging, batch.shape, self.spec.hidden_size)
             staged.copy_(_as_hidden(source, batch.shape, self.spec.hidden_size), non_blocking=True)
             self._synchronize()
-            values = self._row_gradients(step, m, staged)
+            values = self.embedding.gradients(step, m, staged)
             if m == 0 and last > 0:
                 values = values.float()
             if m == 0:
@@ -202,20 +190,6 @@ class Operations:
                 self._count_row_squares(step)
 
         return run
-
-    def _row_gradients(self, step: Step, m: int, upstream: Tensor) -> Tensor:
-        batch, parts = step.micro_batches[m], self.machine.parts
-        leaves = [rows.detach().requires_grad_() for rows in step.compact_rows]
-        with torch.enable_grad(), self._randomly(step, EMBEDDING, m, host=True):
-            hidden = self._preludes[D2H](leaves, batch.rows, batch.inputs)
-        gradients = list(torch.autograd.grad(hidden, leaves, upstream))
-        at = 0
-        for table, gradient in zip(parts.tables, gradients, strict=True):
-            if table.padding_row is not None:
-                ids = step.rows[(step.rows >= at) & (step.rows < at + table.rows)] - at
-                gradient[ids == table.padding_row] = 0.0
-            at += table.rows
-        return torch.cat(gradients)
 
     def _count_row_squares(self, step: Step) -> None:
         if self.plan.clip_norm is None:
@@ -617,9 +591,8 @@ class Operations:
 
     # ---- plumbing -----------------------------------------------------------------------------------------
 
-    def _randomly(self, step: Step, unit: int, m: int, *, host: bool = False) -> Any:
-        device = torch.device("cpu") if host else self.device
-        return self.machine.randomness.on(device, step.number, unit, m)
+    def _randomly(self, step: Step, unit: int, m: int) -> Any:
+        return self.machine.randomness.on(self.device, step.number, unit, m)
 
     def _synchronize(self) -> None:
         """Wait for this lane's stream."""
