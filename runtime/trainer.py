@@ -23,6 +23,7 @@ from slidetune import buffers
 from slidetune.builder import build
 from slidetune.errors import DoesNotFit, SlidetuneError
 from slidetune.model import ModelSpec, with_frozen
+from slidetune.models import load_model, model_names
 from slidetune.plans import Placement, Plan, place_layers
 from slidetune.runtime import batches, clipping
 from slidetune.runtime.adam import AdamW
@@ -44,7 +45,7 @@ from slidetune.runtime.steps import Step
 from slidetune.runtime.unit_layouts import Rule, UnitLayout, frozen_counts, unit_layouts
 from slidetune.schedule import Schedule
 from slidetune.trace import TraceRow
-from slidetune.units import format_bytes
+from slidetune.units import format_bytes, format_count
 
 
 class NonFiniteLoss(SlidetuneError):
@@ -113,6 +114,7 @@ class SlidingTrainer:
         self._closed = False
         model, source = _model_and_weights(model, random_weights, seed)
         whole = spec_of(model, plan.model)
+        _check_same_model(plan, whole)
         self.parts = Parts(model, whole)
         model.train()
         units = unit_layouts(self.parts, rule or decay_where_it_belongs(optimizer or AdamW()))
@@ -404,6 +406,18 @@ def spec_of(model: nn.Module, name: str) -> ModelSpec:
     from slidetune.families import spec_from_config
 
     return spec_from_config(model.config.to_dict(), name)
+
+
+def _check_same_model(plan: Plan, model: ModelSpec) -> None:
+    """Raise SlidetuneError where the plan names a model that can be looked up and is another one."""
+    if plan.model not in model_names() and not Path(plan.model).exists():
+        return
+    planned = load_model(plan.model)
+    if [u.params for u in planned.units] != [u.params for u in model.units] or planned.tied != model.tied:
+        raise SlidetuneError(
+            f"the plan is for {plan.model}, {len(planned.layers)} layers and {format_count(planned.params)} "
+            f"parameters; this model has {len(model.layers)} layers and {format_count(model.params)} parameters."
+        )
 
 
 def _model_and_weights(model: nn.Module | str | Path, random_weights: bool, seed: int) -> tuple[nn.Module, Source]:

@@ -194,6 +194,11 @@ def test_a_loss_that_is_no_number_is_taken_if_told_so():
 
 
 def test_a_plan_for_another_model():
+    with pytest.raises(SlidetuneError, match=r"the plan is for qwen3-0\.6b, 28 layers"):
+        SlidingTrainer(make_model(CONFIG), Plan(model="qwen3-0.6b", **SIZES), device="cpu")
+
+
+def test_a_plan_for_more_layers():
     with pytest.raises(SlidetuneError, match="resident_layers"):
         SlidingTrainer(make_model(CONFIG), Plan(model="llama", resident_layers=40, **SIZES), device="cpu")
 
