@@ -17,6 +17,8 @@ _MICRO = (1, 2, 4, 8, 16, 32)
 _ACCUMULATION = (1, 4, 16)
 # Optimizer and weights on NVMe, from none to all.
 _TIERS = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0), (1.0, 0.5), (1.0, 1.0))
+# What a byte more of a tier costs, roughly, against one of RAM.
+_PRICES = {"gpu": 10.0, "ram": 1.0, "nvme": 0.1}
 # What spare GPU memory may be given to, most useful first.
 _FILLERS = ("resident_layers", "recompute.keep", "resident_weights", "activations.gpu")
 
@@ -51,7 +53,7 @@ def starting_points(space: Space, evaluator: Evaluator) -> Iterator[Point]:
 
 
 def smallest(space: Space, evaluator: Evaluator) -> Point:
-    """A point that fits if one does; otherwise the one that overflows fewest tiers, and those least.
+    """A point that fits if one does; otherwise the one whose overflow would be the cheapest to mend.
 
     No point needs least of every tier: layers and inputs on the GPU or the drive spare RAM, and a fixed batch takes
     other buffers cut in few micro-batches than in many. So those choices are tried in turn, each with the least of
@@ -67,7 +69,7 @@ def smallest(space: Space, evaluator: Evaluator) -> Point:
         sorted(axes["optimizer_nvme"], reverse=True),
         sorted(axes["weights_nvme"], reverse=True),
     )
-    best, least = None, (math.inf, math.inf)
+    best, least = None, math.inf
     for micro_batch, update, (inputs_gpu, inputs_nvme), resident, optimizer, weights in tried:
         point = space.point(
             {
@@ -82,11 +84,11 @@ def smallest(space: Space, evaluator: Evaluator) -> Point:
                 "activations.nvme": inputs_nvme,
             }
         )
-        overflow = evaluator.overflow(space.plan(point)).values()
-        lack = (sum(share > 0 for share in overflow), max(overflow))
+        needs = evaluator.needs(space.plan(point))
+        lack = sum(max(0, needs[tier] - size) * _PRICES[tier] for tier, size in evaluator.capacity.items())
         if lack < least:
             best, least = point, lack
-        if not lack[0]:
+        if not lack:
             break
     return best
 
