@@ -91,7 +91,7 @@ void scalar(const Arrays& a, int64_t begin, int64_t end, const Coefficients& c) 
 // 16-bit halves are put in an order in which unpack and pack, which work within 128-bit lanes, keep the elements'.
 // Where a moment is NaN the parameter is, too: one comparison for all of them says whether any is to be made quiet.
 
-// Hardware prefetchers stop at the end of a 4 KiB page, and there are five streams. 256 elements ahead was best on Zen 4,
+// Hardware prefetchers stop at the end of a 4 KiB page, and there are five streams. 256 ahead was best on Zen 4,
 // in small and in large pages; 128 to 512 are within 5 %. Past an array's end a prefetch does nothing.
 constexpr int64_t kAhead = 256;
 
