@@ -211,6 +211,32 @@ def test_a_slot_is_taken_only_after_its_last_readers(drawn):
 
 @many
 @any_step
+def test_hidden_states_are_held_until_all_that_read_them_are_done(drawn):
+    model, plan = drawn
+    schedule = build(model, plan)
+    orders, ops = Orders(schedule), tasks_by_op(schedule)
+    hidden = {i for i, pool in enumerate(schedule.pools) if pool.name in ("hidden states", "saved inputs")}
+    until = {hold.first: hold.last for hold in schedule.holds if hold.pool in hidden}
+    makers = ops["gather", 0]
+    for unit, place in zip(model.layers, place_layers(plan, len(model.layers)), strict=True):
+        i = unit.index
+        again = ops["recompute", i] or ops["backward", i]
+        for m, maker in enumerate(makers):
+            readers = [ops["forward", i][m]]
+            if place.saved_input == "gpu":
+                readers += [again[m], ops["backward", i][m]]
+            else:
+                readers.append(ops["save", i][m])
+                # The copy that comes back is the backward pass's.
+                assert ops["backward", i][m] in until[ops["load", i][m]]
+            assert all(reader in until[maker] or orders.before(reader, until[maker][-1]) for reader in readers)
+        makers = ops["forward", i]
+    # The head turns its input into a gradient in place; it comes down at last as that of the embedding's rows.
+    assert all(store in until[maker] for maker, store in zip(makers, ops["store", 0], strict=True))
+
+
+@many
+@any_step
 def test_every_task_that_computes_finds_its_inputs(drawn):
     model, plan = drawn
     schedule = build(model, plan)
