@@ -12,11 +12,12 @@ from slidetune.runtime.randomness import draws_random_numbers, seed_of
 from slidetune.runtime.trainer import SlidingTrainer
 
 from ..slidetune.reference import SMALL_CONFIGS
-from .reference import PlainLoop, make_model, random_batches
+from .reference import DEVICE, PlainLoop, assert_same_losses, assert_same_weights, make_model, random_batches
 
 GPT2 = SMALL_CONFIGS["gpt2, own MLP width, untied"] | {
     "resid_pdrop": 0.2,
-    "embd_pdrop": 0.3,
+    # It drops rows on the host, whose generator gives other numbers than a GPU's.
+    "embd_pdrop": 0.3 if DEVICE == "cpu" else 0.0,
     "attn_pdrop": 0.1,
     "attn_implementation": "eager",
 }
@@ -57,24 +58,24 @@ class SeededLoop(PlainLoop):
 
 @pytest.mark.parametrize("knobs", KNOBS)
 def test_dropout(knobs):
-    plan = Plan(model="gpt2", **SIZES, **KNOBS[knobs])
+    plan = Plan(model="small gpt2", **SIZES, **KNOBS[knobs])
     optimizer = AdamW(lr=1e-2)
     loop = SeededLoop(make_model(GPT2), optimizer=optimizer, accumulation=plan.accumulation)
-    with SlidingTrainer(make_model(GPT2), plan, optimizer=optimizer, device="cpu", seed=SEED) as trainer:
+    with SlidingTrainer(make_model(GPT2), plan, optimizer=optimizer, device=DEVICE, seed=SEED) as trainer:
         losses = [trainer.step(batch) for batch in random_batches(GPT2, plan, 3)]
         weights = trainer.state_dict()
     # Only now: on the CPU both draw from the one generator of the process.
-    assert losses == [loop.step(batch) for batch in random_batches(GPT2, plan, 3)]
-    assert all(torch.equal(weights[name], value) for name, value in loop.state_dict().items())
+    assert_same_losses(losses, [loop.step(batch) for batch in random_batches(GPT2, plan, 3)])
+    assert_same_weights(weights, loop.state_dict())
 
 
 def test_the_users_random_numbers_are_left_alone():
-    plan = Plan(model="gpt2", **SIZES)
+    plan = Plan(model="small gpt2", **SIZES)
     model = make_model(GPT2)
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    with SlidingTrainer(model, plan, device="cpu") as trainer:
+    with SlidingTrainer(model, plan, device=DEVICE) as trainer:
         trainer.step(next(random_batches(GPT2, plan, 1)))
     assert torch.equal(torch.rand(4), expected)
 

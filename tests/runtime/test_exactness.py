@@ -14,7 +14,16 @@ from slidetune.runtime.trainer import SlidingTrainer
 
 from ..slidetune.reference import SMALL_CONFIGS
 from ..strategies import plans
-from .reference import PlainLoop, assert_close, assert_equal, make_model, random_batches, run_both
+from .reference import (
+    DEVICE,
+    PlainLoop,
+    assert_close,
+    assert_equal,
+    assert_same_losses,
+    make_model,
+    random_batches,
+    run_both,
+)
 
 WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 CONFIGS = {
@@ -46,7 +55,7 @@ KNOBS = {
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family(name, padded):
-    plan = Plan(model=name, **SIZES)
+    plan = Plan(model=f"small {name}", **SIZES)
     assert_equal(run_both(CONFIGS[name], plan, padded=padded, steps=2))
 
 
@@ -89,9 +98,9 @@ def test_shorter_sequences_than_planned():
     plan = Plan(model="llama", **SIZES)
     short = Plan(model="llama", **(SIZES | {"seq_len": 9}))
     loop = PlainLoop(make_model(CONFIGS["llama"]))
-    with SlidingTrainer(make_model(CONFIGS["llama"]), plan, device="cpu") as trainer:
+    with SlidingTrainer(make_model(CONFIGS["llama"]), plan, device=DEVICE) as trainer:
         for batch in [*random_batches(CONFIGS["llama"], short, 2), *random_batches(CONFIGS["llama"], plan, 1)]:
-            assert trainer.step(batch) == loop.step(batch)
+            assert_same_losses([trainer.step(batch)], [loop.step(batch)])
 
 
 DRAWN = {
@@ -116,7 +125,7 @@ def drawn(draw):
         "resident_layers": 0,
         "clip_norm": draw(st.sampled_from([None, 0.3])) if plan.update == "forward" else None,
     }
-    return config, replace(plan, model=name, **changes)
+    return config, replace(plan, model=f"small {name}", **changes)
 
 
 @given(drawn())

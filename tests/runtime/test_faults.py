@@ -23,7 +23,7 @@ from slidetune.runtime.operations import Operations
 from slidetune.runtime.trainer import NonFiniteLoss, SlidingTrainer
 
 from ..slidetune.reference import SMALL_CONFIGS
-from .reference import PlainLoop, make_model, random_batches
+from .reference import DEVICE, PlainLoop, assert_same_losses, assert_same_weights, make_model, random_batches
 
 CONFIG = SMALL_CONFIGS["llama"]
 SIZES = {"seq_len": 16, "micro_batch": 1, "chunk_bytes": 1 << 16, "adam_threads": 1}
@@ -71,7 +71,7 @@ def fail(step):
 
 @pytest.mark.parametrize(("op", "lane"), operations())
 def test_a_failure_in_any_task_of_any_lane(op, lane, tmp_path):
-    trainer = SlidingTrainer(make_model(CONFIG), EVERYTHING, device="cpu", nvme_folder=tmp_path)
+    trainer = SlidingTrainer(make_model(CONFIG), EVERYTHING, device=DEVICE, nvme_folder=tmp_path)
     batches = list(random_batches(CONFIG, EVERYTHING, 2))
     trainer.step(batches[0])
     index = inject(trainer, op, lane, fail)
@@ -92,7 +92,7 @@ def test_a_failure_in_any_task_of_any_lane(op, lane, tmp_path):
 
 @pytest.mark.parametrize("operation", ["read", "write"])
 def test_a_failing_disk(operation, tmp_path):
-    trainer = SlidingTrainer(make_model(CONFIG), EVERYTHING, device="cpu", nvme_folder=tmp_path)
+    trainer = SlidingTrainer(make_model(CONFIG), EVERYTHING, device=DEVICE, nvme_folder=tmp_path)
 
     def refuse(*_):
         raise OSError(errno.EIO, "the disk is gone")
@@ -110,7 +110,7 @@ def test_a_failing_disk(operation, tmp_path):
 
 def test_no_nvme_folder():
     with pytest.raises(SlidetuneError, match="nvme_folder"):
-        SlidingTrainer(make_model(CONFIG), EVERYTHING, device="cpu")
+        SlidingTrainer(make_model(CONFIG), EVERYTHING, device=DEVICE)
 
 
 def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
@@ -119,20 +119,20 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "statvfs", lambda _: Full)
     with pytest.raises(OSError, match="disk full"):
-        SlidingTrainer(make_model(CONFIG), EVERYTHING, device="cpu", nvme_folder=tmp_path)
+        SlidingTrainer(make_model(CONFIG), EVERYTHING, device=DEVICE, nvme_folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_too_little_ram(monkeypatch):
     monkeypatch.setattr(arena, "available_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match="host memory"):
-        SlidingTrainer(make_model(CONFIG), Plan(model="llama", **SIZES), device="cpu")
+        SlidingTrainer(make_model(CONFIG), Plan(model="llama", **SIZES), device=DEVICE)
 
 
 @pytest.mark.parametrize("update", ["backward", "forward"])
 def test_ctrl_c_stops_between_tasks(update):
     plan = Plan(model="llama", update=update, **SIZES)
-    trainer = SlidingTrainer(make_model(CONFIG), plan, device="cpu")
+    trainer = SlidingTrainer(make_model(CONFIG), plan, device=DEVICE)
     started = threading.Event()
     ended = threading.Event()
 
@@ -170,17 +170,17 @@ def test_a_loss_that_is_no_number_changes_nothing(knobs):
         good.append({"input_ids": ids.masked_fill(ids == poison, 6)})
     bad = {"input_ids": good[0]["input_ids"].clone()}
     bad["input_ids"][-1, 3] = poison
-    with SlidingTrainer(model, plan, device="cpu") as trainer:
+    with SlidingTrainer(model, plan, device=DEVICE) as trainer:
         for number, batch in enumerate(good):
             if number in (0, 2):
                 with pytest.raises(NonFiniteLoss, match="refused"):
                     trainer.step(bad)
-            assert trainer.step(batch) == loop.step(batch)
+            assert_same_losses([trainer.step(batch)], [loop.step(batch)])
         assert trainer.updates == 4
         assert trainer.steps == 6
         weights = trainer.state_dict()
-    for name, value in loop.state_dict().items():
-        assert torch.equal(weights[name].nan_to_num(7.0), value.nan_to_num(7.0)), name
+    plain = loop.state_dict()
+    assert_same_weights(*({name: value.nan_to_num(7.0) for name, value in found.items()} for found in (weights, plain)))
 
 
 def test_a_loss_that_is_no_number_is_taken_if_told_so():
@@ -188,24 +188,24 @@ def test_a_loss_that_is_no_number_is_taken_if_told_so():
     model = make_model(CONFIG)
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
-    with SlidingTrainer(model, plan, device="cpu", accept_non_finite=True) as trainer:
+    with SlidingTrainer(model, plan, device=DEVICE, accept_non_finite=True) as trainer:
         assert trainer.step(next(random_batches(CONFIG, plan, 1))) != 0
         assert trainer.updates == 1
 
 
 def test_a_plan_for_another_model():
     with pytest.raises(SlidetuneError, match=r"the plan is for qwen3-0\.6b, 28 layers"):
-        SlidingTrainer(make_model(CONFIG), Plan(model="qwen3-0.6b", **SIZES), device="cpu")
+        SlidingTrainer(make_model(CONFIG), Plan(model="qwen3-0.6b", **SIZES), device=DEVICE)
 
 
 def test_a_plan_for_more_layers():
     with pytest.raises(SlidetuneError, match="resident_layers"):
-        SlidingTrainer(make_model(CONFIG), Plan(model="llama", resident_layers=40, **SIZES), device="cpu")
+        SlidingTrainer(make_model(CONFIG), Plan(model="llama", resident_layers=40, **SIZES), device=DEVICE)
 
 
 def test_a_cap_that_is_too_low():
     with pytest.raises(DoesNotFit, match="gpu_memory_gib"):
-        SlidingTrainer(make_model(CONFIG), Plan(model="llama", gpu_memory_gib=1e-4, **SIZES), device="cpu")
+        SlidingTrainer(make_model(CONFIG), Plan(model="llama", gpu_memory_gib=1e-4, **SIZES), device=DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_cap_that_is_too_low():
 )
 def test_batches_that_do_not_fit(change, message):
     plan = Plan(model="llama", **SIZES)
-    with SlidingTrainer(make_model(CONFIG), plan, device="cpu") as trainer:
+    with SlidingTrainer(make_model(CONFIG), plan, device=DEVICE) as trainer:
         batch = {"input_ids": torch.ones(1, 16, dtype=torch.long)} | change
         with pytest.raises(SlidetuneError, match=message):
             trainer.step({k: v for k, v in batch.items() if v is not None})

