@@ -28,6 +28,7 @@ from slidetune.plans import Placement, Plan, place_layers
 from slidetune.runtime import batches, clipping
 from slidetune.runtime.adam import AdamW
 from slidetune.runtime.binding import Parts
+from slidetune.runtime.kernels import apply_kernels, choose_kernels
 from slidetune.runtime.lanes import Lanes
 from slidetune.runtime.layout import Layout
 from slidetune.runtime.loading import FromModel, FromSafetensors, RandomWeights, Source
@@ -81,6 +82,7 @@ class SlidingTrainer:
         nvme_folder: where the NVMe tier's file goes; needed if the plan uses that tier.
         seed: of dropout and of random weights.
         trace: record when each task ran in the last so many steps; see `trace`.
+        kernels: eager (transformers' own), liger, or auto: Liger's on CUDA if they are installed.
         accept_non_finite: make updates of steps whose loss is NaN or infinite too.
         loss_chunk_tokens: tokens whose logits exist at a time; by default what the schedule assumes.
 
@@ -101,6 +103,7 @@ class SlidingTrainer:
         nvme_folder: str | Path | None = None,
         seed: int = 0,
         trace: int = 0,
+        kernels: str = "auto",
         accept_non_finite: bool = False,
         loss_chunk_tokens: int | None = None,
     ) -> None:
@@ -119,7 +122,9 @@ class SlidingTrainer:
         model.train()
         units = unit_layouts(self.parts, rule or decay_where_it_belongs(optimizer or AdamW()))
         self.spec: ModelSpec = with_frozen(whole, frozen_counts(units))
-        self.schedule: Schedule = build(self.spec, plan)
+        self.kernels = choose_kernels(kernels, model, self.device)
+        apply_kernels(self.kernels, model)
+        self.schedule: Schedule = build(self.spec, plan, self.kernels)
         self._check_memory()
         try:
             self._set_up(model, source, units, nvme_folder, seed, loss_chunk_tokens)
@@ -299,7 +304,7 @@ class SlidingTrainer:
             raise
 
     def _check_memory(self) -> None:
-        needed = buffers.peak_bytes(self.spec, self.plan)["gpu"]
+        needed = buffers.peak_bytes(self.spec, self.plan, self.kernels)["gpu"]
         cap = self.plan.gpu_memory_bytes
         if cap is not None and needed > cap:
             raise DoesNotFit(
