@@ -69,14 +69,18 @@ def whatif(profile: HardwareProfile, plan: Plan, workers: Workers) -> list[WhatI
     where another plan is faster there, that is a row too.
     """
     cases = [(AS_IT_IS, profile, plan), *((change, changed, plan) for change, changed in changes(profile))]
-    (now, better), *reached = workers.map(_after, cases)
-    base = better[0]
+    (now, (base, better)), *reached = workers.map(_after, cases)
+    found = {change: best for (change, _, _), (_, best) in zip(cases[1:], reached, strict=True)}
+    # The better plan may not be among those tried on a changed machine, where it would do no worse.
+    behind = [(change, changed, better) for change, changed, _ in cases[1:] if found[change][0] < base]
+    for (change, _, _), (_, best) in zip(behind, workers.map(_after, behind), strict=True):
+        found[change] = max(found[change], best, key=lambda pair: pair[0])
     rows = [
         WhatIf(change=change, tokens_per_s=tokens, gain=tokens / base - 1.0, plan=best)
-        for (change, _, _), (_, (tokens, best)) in zip(cases[1:], reached, strict=True)
+        for change, (tokens, best) in found.items()
     ]
     if base > now:
-        rows.append(WhatIf(change=AS_IT_IS, tokens_per_s=base, gain=base / now - 1.0, plan=better[1]))
+        rows.append(WhatIf(change=AS_IT_IS, tokens_per_s=base, gain=base / now - 1.0, plan=better))
     return sorted(rows, key=lambda row: -row.gain)
 
 
