@@ -55,6 +55,12 @@ def test_the_drive_serves_reads_and_writes_in_turn():
     assert bounds(EACH_ONCE)["NVMe drive"] == pytest.approx((2.0 + 1.0) / 2)
 
 
+def test_twice_the_tasks_need_twice_the_time():
+    once = bounds(EACH_ONCE, dram_gbs=1.2, duplex_gbs=1.5)
+    twice = bounds(schedule_of(*((work, (), ()) for work in WORKS + WORKS)), dram_gbs=1.2, duplex_gbs=1.5)
+    assert twice == pytest.approx({name: 2 * seconds for name, seconds in once.items()})
+
+
 @settings(max_examples=80, deadline=None)
 @given(models_and_plans(max_layers=6), machines())
 def test_the_longest_comes_first_and_a_resource_needs_no_more_than_its_lanes_together(drawn, profile):
