@@ -275,6 +275,8 @@ def adapted(
     figures no machine has.
     """
     given = {"ram_gib": ("--ram", ram_gib), "cores": ("--cores", cores), "dram_gbs": ("--dram-bw", dram_gbs)}
+    if cores is not None and cores < 1:
+        raise SlidetuneError(f"--cores {cores:g}: must be at least 1.")
     changes = {field: _given(_positive(flag, value)) for field, (flag, value) in given.items() if value is not None}
     host = dataclasses.replace(profile.host, **changes)
     if host.usable_bytes <= 0:
@@ -296,6 +298,19 @@ def adapted(
         link=parse_link(link, key) if isinstance(link, str) else link or profile.link,
         nvme=parse_nvme(nvme) if isinstance(nvme, str) else nvme or profile.nvme,
     )
+
+
+def with_gpu(profile: HardwareProfile, name: str) -> HardwareProfile:
+    """The machine with a card of the catalog, and that card's own link, in place of its own.
+
+    A card that it has already stays as it is, since its profile knows more than the catalog.
+    """
+    key = gpu_key(name)
+    card = _gpu(key)
+    if card.name == profile.gpu.name:
+        return profile
+    gpu = dataclasses.replace(card, kernels=profile.gpu.kernels)
+    return dataclasses.replace(profile, name=f"{profile.name}-{key}", gpu=gpu, link=default_link(key))
 
 
 def capped(gpu: Gpu, cap_gib: float) -> Gpu:

@@ -13,7 +13,7 @@ import typer
 
 from slidetune.errors import SlidetuneError
 from slidetune.hardware import HardwareProfile
-from slidetune.machines import DEFAULT_GPU, DEFAULT_HOST, adapted, load_profile, machine
+from slidetune.machines import DEFAULT_GPU, DEFAULT_HOST, adapted, load_profile, machine, with_gpu
 
 _PANEL = "Machine"
 
@@ -86,7 +86,11 @@ def _machine_from(
     ] = None,
     profile: Annotated[
         str | None,
-        _option("--profile", metavar="FILE", help="A whole machine: a profile's file or a shipped one's name."),
+        _option(
+            "--profile",
+            metavar="FILE",
+            help="A whole machine: a profile's file or a shipped one's name; --gpu puts another card into it.",
+        ),
     ] = None,
 ) -> Machine:
     changes = {
@@ -101,10 +105,10 @@ def _machine_from(
     if profile is None:
         here = adapted(machine(gpu or DEFAULT_GPU, host or DEFAULT_HOST), **changes)
         return Machine(here, tuple(_assumed(here, gpu, host, changes)))
-    if gpu or host:
-        given = "--gpu" if gpu else "--host"
-        raise SlidetuneError(f"--profile describes a whole machine; {given} can't be given with it.", f"Drop {given}.")
-    return Machine(adapted(load_profile(profile), **changes), ())
+    if host:
+        raise SlidetuneError("--profile describes a whole machine; --host can't be given with it.", "Drop --host.")
+    whole = load_profile(profile)
+    return Machine(adapted(with_gpu(whole, gpu) if gpu else whole, **changes), ())
 
 
 def _assumed(here: HardwareProfile, gpu: str | None, host: str | None, changes: dict[str, Any]) -> list[str]:

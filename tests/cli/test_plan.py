@@ -156,7 +156,7 @@ def test_a_config_file_is_a_model(tmp_path):
         ("--profile h200-16", "Did you mean h200-16c"),
         ("--profile nowhere.yaml", "nowhere.yaml: no such file"),
         ("--profile .", "directory"),
-        ("--profile h200-16c --gpu rtx4090", "--gpu can't be given with it"),
+        ("--profile h200-16c --gpu rtx4099", "Did you mean rtx4090"),
         ("--profile h200-16c --host server", "--host can't be given with it"),
         ("--nvme 2TB", r"--nvme '2TB' is not SIZE:READ/WRITE\. Example: 2TB:7/5"),
         ("--nvme 2TB:0/5", "must be above zero"),

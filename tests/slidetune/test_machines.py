@@ -25,6 +25,7 @@ from slidetune.machines import (
     parse_nvme,
     preset_nvme,
     profile_names,
+    with_gpu,
 )
 
 # Dense bf16 TFLOP/s with fp32 accumulation, GiB as sold, GB/s, link. From data sheets, not from the catalog.
@@ -494,3 +495,11 @@ def test_profiles_have_described_schemas(cls):
     schema = files.json_schema(cls)
     assert schema["additionalProperties"] is False
     assert schema["properties"].keys() == {f.name for f in dataclasses.fields(cls)}
+
+
+def test_another_card_in_a_profile():
+    whole = load_profile("h200-16c")
+    assert with_gpu(whole, "h200") == whole, "what was measured is not replaced by a data sheet"
+    other = with_gpu(whole, "4090")
+    assert (other.gpu.name, other.link.name) == (load_gpu("rtx4090").name, "PCIe 4.0 x16")
+    assert (other.host, other.nvme, other.gpu.kernels) == (whole.host, whole.nvme, whole.gpu.kernels)
