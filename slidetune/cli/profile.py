@@ -41,5 +41,5 @@ def profile(
         console.print_json(files.dump(found))
         return
     for path, figure in found.figures():
-        console.out.print(f"{path:32} {figure.value:>10.4g}  {figure.source}")
+        console.out.print(f"{path:32} {figure.value:>10.4g}  {figure.source}", soft_wrap=True)
     console.out.print(f"Written: {output}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 
 from slidetune.families import spec_from_config
 from slidetune.plans import Activations, Plan, Recompute
-from slidetune.runtime.trainer import SlidingTrainer
+from slidetune.runtime.adam import AdamW
+from slidetune.runtime.trainer import SlidingTrainer, decay_where_it_belongs
+from slidetune.schedule import LANES
 
 from ..slidetune.reference import SMALL_CONFIGS
 from ..strategies import plans
@@ -133,3 +137,41 @@ def drawn(draw):
 def test_any_plan(tmp_path_factory, case):
     config, plan = case
     assert_equal(run_both(config, plan, steps=2, padded=plan.seq_len > 10, folder=tmp_path_factory.getbasetemp()))
+
+
+@pytest.mark.parametrize("slow", LANES)
+@pytest.mark.parametrize("update", ["backward", "forward"])
+def test_whichever_lane_is_slow(update, slow, tmp_path):
+    """Tasks of one lane are late, now and then: a dependency that the schedule lacks would show in the weights."""
+    plan = Plan(
+        model="llama",
+        update=update,
+        window=3,
+        prefetch=2,
+        resident_weights=1,
+        optimizer_nvme=3,
+        weights_nvme=1,
+        activations=Activations(gpu=1, nvme=2),
+        recompute=Recompute(keep=1, offload=2),
+        **(SIZES | {"seq_len": 8, "accumulation": 2}),
+    )
+    config, late = CONFIGS["llama"], random.Random(slow)
+    rule = decay_where_it_belongs(AdamW(lr=1e-2, weight_decay=0.1))
+    batches = list(random_batches(config, plan, 3))
+    with SlidingTrainer(make_model(config), plan, rule=rule, device=DEVICE, nvme_folder=tmp_path) as trainer:
+        operations = trainer._operations.run
+        for index, task in enumerate(trainer.schedule.tasks):
+            if task.work.lane == slow:
+                operations[index] = delayed(operations[index], late)
+        losses = [trainer.step(batch) for batch in batches]
+        weights = trainer.state_dict()
+    loop = PlainLoop(make_model(config), rule=rule, accumulation=2)
+    assert_equal((losses, weights, [loop.step(batch) for batch in batches], loop.state_dict()))
+
+
+def delayed(operation, late):
+    def run(step):
+        time.sleep(late.choice((0.0, 0.0, 0.004)))
+        operation(step)
+
+    return run
