@@ -18,12 +18,9 @@ import simpy
 from slidetune.schedule import Schedule, Work
 from slidetune.simulator.layout import Layout
 from slidetune.simulator.pricing import PriceList
-from slidetune.simulator.skipping import SAME_REMAINING, Skipper
+from slidetune.simulator.skipping import Skipper
+from slidetune.simulator.steady import MAX_STEPS, Steadiness
 
-# Steps simulated at most. The second is nearly always the steady state.
-MAX_STEPS = 8
-# Step times this close, as a fraction, are the same.
-_SAME_STEP = 1e-4
 # A task of no length would let a lane spin at one moment.
 _SHORTEST_S = 1e-9
 # Less than this, in seconds alone, is nothing left of a task.
@@ -63,6 +60,7 @@ class Lane:
         "awaited",
         "blocked_by",
         "count",
+        "ends_s",
         "index",
         "klass",
         "position",
@@ -92,6 +90,8 @@ class Lane:
         self.waiters: list[Lane] = []
         self.ready_s = self.start_s = 0.0
         self.blocked_by = -1
+        # When it ended each step.
+        self.ends_s: list[float] = []
 
     def blocker(self, lanes: list[Lane]) -> tuple[Lane, int] | None:
         """A lane and position that this lane's next task still waits for."""
@@ -111,12 +111,13 @@ class Engine:
         self.prices, self.record = prices, record
         self.env = simpy.Environment()
         self.executed: list[Executed] = []
-        self.boundaries: list[float] = []
-        self.steady_step: int | None = None
-        self._last_state: list[tuple[int, int, float]] = []
+        self.step_s: float | None = None
         priced = {id(work): self._priced(work) for works in layout.works for work in works}
         self.lanes = [Lane(i, layout, [priced[id(w)] for w in works]) for i, works in enumerate(layout.works)]
         self.gpu = self.lanes[layout.gpu]
+        self.steadiness = Steadiness(self.lanes, self.gpu)
+        # The step to record: the one after the first that was found steady, since lanes may run ahead by one.
+        self._last_step = MAX_STEPS
         self.skipper = None if record else Skipper(layout, self.lanes)
         self._start_halfway(layout)
 
@@ -139,8 +140,7 @@ class Engine:
         for lane in self.lanes:
             # Lanes refer to each other: without this, only the garbage collector could free them.
             lane.waiters, lane.awaited = [], None
-        boundaries = self.boundaries
-        return Run(step_s=boundaries[-1] - boundaries[-2], boundaries=boundaries, executed=self.executed)
+        return Run(step_s=self.step_s, boundaries=self.gpu.ends_s[: self._last_step + 1], executed=self.executed)
 
     def _advance(self) -> Generator[simpy.Event, None, None]:
         """Start what can start, let time pass until something ends, and so on."""
@@ -168,7 +168,7 @@ class Engine:
                 if lane.remaining <= _NOTHING_S:
                     ended.append(lane)
             idle = self._end(ended)
-            if self.steady_step is not None and (not record or self._all_recorded()):
+            if self.step_s is not None and (not record or self._all_recorded()):
                 return
 
     def _start(self, lane: Lane) -> None:
@@ -206,35 +206,16 @@ class Engine:
                     for waiter in woken:
                         waiter.awaited = None
                     free = free + woken
-            if lane is self.gpu and position % lane.count == 0:
-                self._step_ended()
+            if position % lane.count == 0:
+                lane.ends_s.append(now + (self.skipper.skipped_s if self.skipper else 0.0))
+        if self.gpu in ended and self.gpu.position % self.gpu.count == 0 and self.step_s is None:
+            self.step_s = self.steadiness.step_s()
+            self._last_step = len(self.gpu.ends_s)
         return free
 
-    def _step_ended(self) -> None:
-        """The GPU ended a step: is it as long as the one before, or in the same state?"""
-        skipped_s = self.skipper.skipped_s if self.skipper else 0.0
-        self.boundaries.append(self.env.now + skipped_s)
-        b, steps = self.boundaries, len(self.boundaries)
-        state = [(lane.position - steps * lane.count, lane.klass, lane.remaining) for lane in self.lanes]
-        if steps >= 2 and self.steady_step is None:
-            same = steps >= 3 and abs((b[-1] - b[-2]) - (b[-2] - b[-3])) <= _SAME_STEP * (b[-1] - b[-2])
-            if same or self._is_last_state(state) or steps >= MAX_STEPS:
-                self.steady_step = steps - 1
-        self._last_state = state
-
-    def _is_last_state(self, state: list[tuple[int, int, float]]) -> bool:
-        return all(
-            now[:2] == before[:2]
-            and (not now[1] or abs(now[2] - before[2]) <= SAME_REMAINING * lane.prices[now[0] % lane.count][0])
-            for lane, now, before in zip(self.lanes, state, self._last_state, strict=True)
-        )
-
     def _all_recorded(self) -> bool:
-        """Whether every lane has ended the steady step, so that its trace is whole."""
-        if any(lane.position < (self.steady_step + 1) * lane.count for lane in self.lanes):
-            return False
-        self.boundaries = self.boundaries[: self.steady_step + 1]
-        return True
+        """Whether every lane has ended the step to record, so that its trace is whole."""
+        return all(lane.position >= (self._last_step + 1) * lane.count for lane in self.lanes)
 
 
 def simulate(schedule: Schedule, prices: PriceList, *, record: bool = False, layout: Layout | None = None) -> Run:

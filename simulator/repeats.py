@@ -30,7 +30,7 @@ class Repeats:
         """Per visit, tasks of the step before it waits for."""
         position = [0] * len(lane_index)
         signatures: list[int] = []
-        ends = (*visits[1:], len(tasks))
+        ends = (*visits[1:], len(tasks))[:count]
         turn = visits[count // 2] if count else 0
         for visit, (start, end) in enumerate(zip(visits, ends, strict=True)):
             self.base.append(tuple(position))

@@ -11,12 +11,10 @@ import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 from slidetune.simulator.layout import Layout
+from slidetune.simulator.steady import SAME_REMAINING
 
 if TYPE_CHECKING:
     from slidetune.simulator.engine import Lane
-
-# What is left of a task may differ by this share of its duration between states taken as equal.
-SAME_REMAINING = 1e-5
 
 
 class _Seen(NamedTuple):

@@ -418,7 +418,6 @@ def desktop(**factors):
     return PriceList(without_sharing(profile))
 
 
-@pytest.mark.xfail(strict=True, reason="step_s is the last of steps of 0.072 and 0.087 s by turns, not their mean")
 @pytest.mark.parametrize("record", [False, True])
 def test_of_steps_that_alternate_the_mean_counts(record):
     """Every other step finds the drive busy with the one layer's state."""
@@ -442,7 +441,6 @@ def test_of_steps_that_alternate_the_mean_counts(record):
     assert simulate(schedule, prices, record=record).step_s == pytest.approx(mean, rel=0.005)
 
 
-@pytest.mark.xfail(strict=True, reason="two equal steps are taken for steady while another lane falls behind")
 @pytest.mark.parametrize("record", [False, True])
 def test_a_step_is_not_steady_while_a_lane_falls_behind(record):
     """The first steps are as long as the GPU alone makes them; a lane that needs longer has yet to hold it up."""
@@ -465,9 +463,6 @@ def test_a_step_is_not_steady_while_a_lane_falls_behind(record):
     assert simulate(schedule, prices, record=record).step_s == pytest.approx(steady, rel=0.005)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Adam needs 0.0424 s a step and falls behind; two GPU steps of 0.0416 s are equal"
-)
 @pytest.mark.parametrize("record", [False, True])
 def test_a_lane_that_falls_behind_bounds_the_step_all_the_same(record):
     model = small_model("layers of two sizes", 4)
@@ -486,7 +481,6 @@ def test_a_lane_that_falls_behind_bounds_the_step_all_the_same(record):
     assert simulate(schedule, prices, record=record).step_s >= bound * (1 - 1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="repeats.py: no visits, but one end", raises=ValueError)
 def test_a_schedule_without_visits_is_simulated_whole():
     schedule = dataclasses.replace(both_ways(1.0, 3.0), visits=())
     assert run(schedule, unit_machine(), record=False).step_s == pytest.approx(4.0)

@@ -162,7 +162,12 @@ def test_time_zero_is_the_gpus_last_end_and_the_step_its_next(drawn, profile):
     prediction = predict(build(*drawn), profile)
     on_gpu = [row for row in prediction.trace if row.lane == GPU]
     assert on_gpu[0].start_s >= -1e-9
-    assert on_gpu[-1].end_s == pytest.approx(prediction.step_s)
+    # Steps that differ by turns are drawn as one of them is, and counted at their mean.
+    prices = PriceList(profile)
+    if settled(simulate(prediction.schedule, prices, record=True)):
+        assert on_gpu[-1].end_s == pytest.approx(prediction.step_s, rel=1e-3)
+    else:
+        assert on_gpu[-1].end_s == pytest.approx(prediction.step_s, rel=0.2)
 
 
 @laws
