@@ -61,14 +61,10 @@ class Parts:
         if self.tied != spec.tied:
             self.refuse(f"its head is {'' if self.tied else 'not '}tied, its config says otherwise")
         self.tables = self._find_tables()
-        self.tail = [
-            name
-            for name, child in self.base.named_children()
-            if name not in (self.layers_name, *(t.name for t in self.tables)) and any(True for _ in child.parameters())
-        ]
-        self._check_sizes(spec)
+        self.tail = self._find_tail()
         if len(self.tail) > 1:
             self.refuse(f"between its last layer and its head are {' and '.join(self.tail)}, where one norm may be")
+        self._check_sizes(spec)
 
     # ---- structure ----------------------------------------------------------------------------------------
 
@@ -97,6 +93,30 @@ class Parts:
                 self.refuse(f"its embedding {name} is not as wide as the token embedding")
             tables.append(Table(name, module.num_embeddings, module.padding_idx))
         return tables
+
+    def _find_tail(self) -> list[str]:
+        """Children of the base model that run after the last layer, found by running it with stubs around them."""
+        width = self.base.get_input_embeddings().embedding_dim
+        last = _Recorder(self.layers[-1])
+        layers = [_Identity() for _ in self.layers[:-1]] + [last]
+        probes = {
+            name: _Probe(child, last)
+            for name, child in self.base.named_children()
+            if name != self.layers_name and name not in {t.name for t in self.tables}
+        }
+        asked = {t.name: _AskedIds(width) for t in self.tables}
+        base = clone_module(self.base, **asked, **probes, **{self.layers_name: nn.ModuleList(layers)})
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            base(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+        tail = [name for name, probe in probes.items() if probe.after_layers]
+        loose = [
+            n
+            for n, c in self.base.named_children()
+            if n in probes and n not in tail and any(True for _ in c.parameters())
+        ]
+        if loose:
+            self.refuse(f"{', '.join(loose)} has parameters and does not run after the layers")
+        return tail
 
     def _check_sizes(self, spec: ModelSpec) -> None:
         """Every parameter belongs to a unit, and the units are the schedule's."""
@@ -232,6 +252,21 @@ class _Recorder(nn.Module):
         if not args or not isinstance(args[0], Tensor):
             return kwargs.get("hidden_states")
         self.call = (args[1:], kwargs)
+        return args[0]
+
+
+class _Probe(nn.Module):
+    """Notes whether a module is called after the last layer; if so it hands the hidden states on unchanged."""
+
+    def __init__(self, child: nn.Module, last: _Recorder) -> None:
+        super().__init__()
+        self.__dict__["child"], self.__dict__["last"] = child, last
+        self.after_layers = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.__dict__["last"].call is None:
+            return self.__dict__["child"](*args, **kwargs)
+        self.after_layers = True
         return args[0]
 
 

@@ -28,6 +28,7 @@ from slidetune.plans import Placement, Plan, place_layers
 from slidetune.runtime import batches, clipping
 from slidetune.runtime.adam import AdamW
 from slidetune.runtime.binding import Parts
+from slidetune.runtime.counted_spec import spec_of
 from slidetune.runtime.kernels import apply_kernels, choose_kernels
 from slidetune.runtime.lanes import Lanes
 from slidetune.runtime.layout import Layout
@@ -35,7 +36,7 @@ from slidetune.runtime.loading import FromModel, FromSafetensors, RandomWeights,
 from slidetune.runtime.masters import Master, OnDrive, place_masters, unit_weights, write_master
 from slidetune.runtime.measured import Recorded, trace_rows
 from slidetune.runtime.nvme import NvmeFile, aligned
-from slidetune.runtime.operations import Machine, Operations
+from slidetune.runtime.operations import Operations
 from slidetune.runtime.pointing import Pointed
 from slidetune.runtime.pools import Pools
 from slidetune.runtime.randomness import Randomness, draws_random_numbers
@@ -44,6 +45,7 @@ from slidetune.runtime.saving import save_units
 from slidetune.runtime.skeleton import skeleton
 from slidetune.runtime.steps import Step
 from slidetune.runtime.unit_layouts import Rule, UnitLayout, frozen_counts, unit_layouts
+from slidetune.runtime.walk import Machine
 from slidetune.schedule import Schedule
 from slidetune.trace import TraceRow
 from slidetune.units import format_bytes, format_count
@@ -404,13 +406,6 @@ class SlidingTrainer:
         if plan.weights_nvme and (2 * chunk) % 4096 and chunk < max(layout.trained for layout in layouts[1:-1]):
             raise SlidetuneError(f"with weights_nvme, chunk_bytes ({plan.chunk_bytes}) must be a multiple of 4096.")
         return NvmeFile(folder, size), {key: n * hidden for n, key in enumerate(inputs)}, offset
-
-
-def spec_of(model: nn.Module, name: str) -> ModelSpec:
-    """The ModelSpec of a transformers model. Raises SlidetuneError for a family it doesn't know."""
-    from slidetune.families import spec_from_config
-
-    return spec_from_config(model.config.to_dict(), name)
 
 
 def _check_same_model(plan: Plan, model: ModelSpec) -> None:

@@ -1,0 +1,102 @@
+"""Tasks of the embedding: rows up, their gradient down, and the update of all rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slidetune.runtime.rows import RowGradients
+from slidetune.runtime.steps import Step
+from slidetune.runtime.update_tasks import updater
+from slidetune.runtime.walk import Operation, Walk, as_hidden
+from slidetune.schedule import Task
+
+
+def gather(walk: Walk, index: int, task: Task) -> Operation:
+    """The first layer's input goes up."""
+    m = task.micro_batch
+    target = walk.slot(index, "hidden states")
+    target = walk.slot(index, "saved inputs") if target is None else target
+    walk.hidden[0, m] = target
+    staging = _rows_staging(walk, 0, m)
+
+    def run(step: Step) -> None:
+        shape = step.micro_batches[m].shape
+        staged = as_hidden(staging, shape, walk.spec.hidden_size)
+        walk.embedding.gather(step, m, staged)
+        as_hidden(target, shape, walk.spec.hidden_size).copy_(staged, non_blocking=True)
+
+    return run
+
+
+def _rows_staging(walk: Walk, slot: int, m: int) -> Tensor:
+    size = walk.spec.hidden_size * walk.plan.micro_batch * walk.plan.seq_len
+    return walk.pools.slot("embedding rows", slot)[m * size : (m + 1) * size]
+
+
+def store_rows(walk: Walk, index: int, task: Task) -> Operation:
+    """The gradient of the first layer's input comes down and becomes that of the embedding's rows."""
+    m = task.micro_batch
+    source, staging = walk.upstream[m], _rows_staging(walk, 1, m)
+    last = walk.plan.accumulation - 1
+
+    def run(step: Step) -> None:
+        batch = step.micro_batches[m]
+        staged = as_hidden(staging, batch.shape, walk.spec.hidden_size)
+        staged.copy_(as_hidden(source, batch.shape, walk.spec.hidden_size), non_blocking=True)
+        walk.synchronize()
+        values = walk.embedding.gradients(step, m, staged)
+        if m == 0 and last > 0:
+            values = values.float()
+        if m == 0:
+            step.row_gradients = RowGradients(step.rows, values)
+        else:
+            step.row_gradients.values.add_(values)
+        if m == last:
+            step.row_gradients.values = step.row_gradients.values.to(torch.bfloat16)
+            step.compact_rows = []
+            _count_row_squares(walk, step)
+
+    return run
+
+
+def _count_row_squares(walk: Walk, step: Step) -> None:
+    if walk.plan.clip_norm is None:
+        return
+    values = step.row_gradients.values
+    if walk.dense is not None:
+        # The matrix's squares were counted without the rows' part.
+        head = walk.dense.view(-1, walk.spec.hidden_size).index_select(0, step.rows)
+        step.host_squares -= float(head.double().square().sum())
+        values = head + values
+    step.host_squares += float(values.double().square().sum())
+
+
+def adam_rows(walk: Walk, index: int, task: Task) -> Operation:
+    """Update a part of the rows that the step reads."""
+    part, parts = task.chunk, walk.parts_of_rows["rows"]
+
+    def run(step: Step) -> None:
+        source = step.source(late=walk.rows_late)
+        if source is None or not source.good or step.rows is None:
+            return
+        ids = step.rows.tensor_split(parts)[part]
+        dense = walk.dense
+        walk.machine.tables.update_rows(ids, dense, source.row_gradients, updater(walk, source))
+
+    return run
+
+
+def adam_rest(walk: Walk, index: int, task: Task) -> Operation:
+    """Update a part of the rows that it doesn't read."""
+    part, parts = task.chunk, walk.parts_of_rows["rest"]
+
+    def run(step: Step) -> None:
+        source = step.source(late=walk.rows_late)
+        if source is None or not source.good:
+            return
+        but = step.rows if step.rows is not None else torch.zeros(0, dtype=torch.long)
+        gradients = source.row_gradients if walk.rows_late else None
+        walk.machine.tables.update_rest(part, parts, but, walk.dense, gradients, updater(walk, source))
+
+    return run
