@@ -127,6 +127,7 @@ class Walk:
             for unit in self.spec.units:
                 size = masters[unit.index].layout.trained
                 if not size:
+                    self.waiting[unit.index] = torch.empty(0, dtype=torch.bfloat16)
                     continue
                 place = self.placement(unit.index)
                 if place is not None and place.resident:
