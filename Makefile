@@ -4,10 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: plan test lint format clean
+.PHONY: plan run test lint format clean
 
 plan: $(VENV)/planner.stamp
 	$(BIN)/slidetune plan --gpu rtx4090
+
+# A small model, random weights, on the CPU: nothing is downloaded.
+run: $(VENV)/everything.stamp
+	$(BIN)/slidetune plan --model gpt2 --seq-len 128 --batch 2 --trials 40 --output run-plan.yaml
+	$(BIN)/slidetune run run-plan.yaml --random-weights --device cpu --steps 5
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --durations 10

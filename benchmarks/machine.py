@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 from pathlib import Path
 
@@ -9,11 +10,20 @@ import psutil
 
 
 def describe() -> dict[str, str]:
-    """CPU, cores, RAM, kernel, page size setting and versions of the machine at hand."""
+    """CPU, cores, RAM, kernel, page size setting, and versions of Python, torch and our kernel."""
     import torch
 
     from slidetune.runtime.adam import adam_implementation
 
+    return host() | {
+        "torch": torch.__version__,
+        "torch CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "adam": adam_implementation(),
+    }
+
+
+def host(*packages: str) -> dict[str, str]:
+    """The same without torch, and the versions of some packages."""
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
         "cpu": _cpu_name(),
@@ -22,10 +32,7 @@ def describe() -> dict[str, str]:
         "kernel": platform.release().split("-")[0],
         "transparent hugepages": pages.read_text().split("[")[-1].split("]")[0] if pages.exists() else "none",
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch CPU capability": torch.backends.cpu.get_cpu_capability(),
-        "adam": adam_implementation(),
-    }
+    } | {package: importlib.metadata.version(package) for package in packages}
 
 
 def _cpu_name() -> str:

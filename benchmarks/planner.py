@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe
+from machine import host
 
 from slidetune.builder import build
 from slidetune.machines import machine
@@ -87,9 +87,9 @@ def main() -> None:
         }
     )
     if given.json:
-        print(json.dumps({"machine": describe(), "rows": rows}, indent=2))
+        print(json.dumps({"machine": host("simpy", "optuna", "typer", "rich"), "rows": rows}, indent=2))
         return
-    print(describe())
+    print("\n".join(f"{key}: {value}" for key, value in host("simpy", "optuna", "typer", "rich").items()))
     print(f"{'':30} {'median':>9} {'worst':>9} {'target':>9}  plans")
     for row in rows:
         print(

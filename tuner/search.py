@@ -44,7 +44,7 @@ _SAMPLER_SHARE = 1 / 3
 _BATCH = 16
 # Tasks in the schedules of all plans of a study. Deep models with many micro-batches have 10,000 tasks a plan;
 # counting tasks keeps a search short without letting the clock decide what is found.
-_TASK_BUDGET = 700_000
+_TASK_BUDGET = 550_000
 # The study's attribute that says what it is of.
 _DESCRIPTION = "slidetune"
 _SQLITE_PATIENCE_S = 60

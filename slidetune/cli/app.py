@@ -12,6 +12,7 @@ from slidetune.cli.console import err
 from slidetune.cli.fit import fit
 from slidetune.cli.lists import gpus, models, schema
 from slidetune.cli.plan import plan
+from slidetune.cli.profile import profile
 from slidetune.cli.run import run
 from slidetune.cli.simulate import report, simulate
 from slidetune.errors import SlidetuneError
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (plan, run, simulate, report, fit, gpus, models, schema):
+for command in (plan, run, profile, simulate, report, fit, gpus, models, schema):
     app.command()(command)
 
 
