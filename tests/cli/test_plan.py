@@ -164,7 +164,7 @@ def test_a_config_file_is_a_model(tmp_path):
         ("--ram -4", "--ram -4: must be above zero"),
         ("--ram 3", "leaves no RAM to use"),
         ("--ram lots", "valid number"),
-        ("--cores 0", "--cores 0: must be above zero"),
+        ("--cores 0", "--cores 0: must be at least 1"),
         ("--dram-bw nan", "--dram-bw nan"),
         ("--gpu-memory 100", "not between 1 GiB and the 23.99 GiB"),
         ("--kernels fast", "unknown kernels 'fast'. Known: eager, liger"),
