@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--nvme-folder")
     parser.add_argument("--clip", type=float)
     parser.add_argument("--plan", help="a plan file in place of planning")
+    parser.add_argument("--kernels", choices=("eager", "liger"))
     parser.add_argument("--device")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -54,7 +55,13 @@ def main() -> None:
     given = arguments()
     import torch
 
-    profile = adapted(load_profile(given.profile), gpu_memory_gib=given.gpu_memory, ram_gib=given.ram, nvme=given.nvme)
+    profile = adapted(
+        load_profile(given.profile),
+        gpu_memory_gib=given.gpu_memory,
+        ram_gib=given.ram,
+        nvme=given.nvme,
+        kernels=given.kernels,
+    )
     if given.plan:
         planned = slidetune.simulate(given.plan, profile)
     else:
@@ -72,7 +79,8 @@ def main() -> None:
         optimizer=AdamW(lr=1e-5),
         device=given.device,
         nvme_folder=folder,
-        trace=True,
+        trace=given.steps,
+        kernels=profile.gpu.kernels,
     ) as trainer:
         loading_s = time.perf_counter() - began
         print(f"loaded in {loading_s:.1f} s", flush=True)
@@ -85,8 +93,10 @@ def main() -> None:
             ends.append(time.perf_counter())
             print(f"step {len(losses)}: loss {losses[-1]:.4f}", flush=True)
         trainer.finish()
-        last_step = max(row.step for row in trainer.trace)
-        measured = to_frame([row for row in trainer.trace if WARM_UP < row.step < last_step])
+        rows = trainer.trace
+        # The last step's tail has no next step beside it.
+        last_step = max(row.step for row in rows)
+        measured = to_frame([row for row in rows if WARM_UP < row.step < last_step])
         steps = [after - before for before, after in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
         step_s = statistics.median(steps)
         row = {

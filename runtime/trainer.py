@@ -117,7 +117,7 @@ class SlidingTrainer:
         self._nvme: NvmeFile | None = None
         self._lanes: Lanes | None = None
         self._closed = False
-        model, source = _model_and_weights(model, random_weights, seed)
+        ref, model = model, model if isinstance(model, nn.Module) else skeleton(model)
         whole = spec_of(model, plan.model)
         _check_same_model(plan, whole)
         self.parts = Parts(model, whole)
@@ -128,6 +128,8 @@ class SlidingTrainer:
         apply_kernels(self.kernels, model)
         self.schedule: Schedule = build(self.spec, plan, self.kernels)
         self._check_memory()
+        # Loading may use on the device what computing will.
+        source = _weights(ref, model, random_weights, seed, self.device, self.schedule.working_bytes() // 2)
         try:
             self._set_up(model, source, units, nvme_folder, seed, loss_chunk_tokens)
         except BaseException:
@@ -342,6 +344,8 @@ class SlidingTrainer:
         slot = self._staging()
         for unit, master in zip(units, self._masters, strict=True):
             write_master(master, source.unit(unit), slot)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         self._pointed = [Pointed(unit.computed, unit.targets) if unit.targets else None for unit in units]
         tokens = plan.micro_batch * plan.seq_len
         machine = Machine(
@@ -420,11 +424,13 @@ def _check_same_model(plan: Plan, model: ModelSpec) -> None:
         )
 
 
-def _model_and_weights(model: nn.Module | str | Path, random_weights: bool, seed: int) -> tuple[nn.Module, Source]:
-    if isinstance(model, nn.Module):
-        return model, FromModel(model)
-    built = skeleton(model)
-    return built, RandomWeights(built, seed) if random_weights else FromSafetensors(model, built)
+def _weights(
+    ref: nn.Module | str | Path, model: nn.Module, random: bool, seed: int, device: torch.device, room_bytes: int
+) -> Source:
+    """Where the weights come from: the model that was given, a seed, or a directory."""
+    if isinstance(ref, nn.Module):
+        return FromModel(model)
+    return RandomWeights(model, seed, device, room_bytes) if random else FromSafetensors(ref, model)
 
 
 def _device(device: torch.device | str | None) -> torch.device:
