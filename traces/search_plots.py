@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Any
 
 from slidetune.traces import style
@@ -21,7 +21,11 @@ _NOTE = "Dots: the best plan of each batch. Shaded: out of reach, since one reso
 # Points of a bound's curve from one batch to the next.
 _FINENESS = 24
 
-_BOUND_COLOURS = ("#332288", "#cc6677", "#117733", "#999933", "#aa4499", "#44aa99", "#882255", "#88ccee")
+# As many as there are bounds: no two lines of one picture look the same.
+_BOUND_COLOURS = (
+    *("#332288", "#cc6677", "#117733", "#999933", "#aa4499", "#44aa99"),
+    *("#882255", "#88ccee", "#ddcc77", "#661100", "#6699cc", "#888888"),
+)
 _ORIGIN_COLOURS = {"heuristic": "#cc6677", "expert": "#cc6677", "sampler": "#88ccee", "neighbour": "#44aa99"}
 _FURTHER_COLOURS = ("#ddcc77", "#aa4499", "#999933")
 
@@ -43,7 +47,7 @@ def throughput_by_batch(points: Points, chosen: tuple[float, float], bounds: Map
         for name, curve in _merged(bounds).items()
         if any(y <= top for _, y in curve) and len(curve) > 1
     }
-    colours = dict(zip(curves, _BOUND_COLOURS * (1 + len(curves) // len(_BOUND_COLOURS)), strict=False))
+    colours = dict(zip(curves, cycle(_BOUND_COLOURS), strict=False))
     left = min([x for x, _ in [*points, chosen]] + [curve[0][0] for curve in curves.values()])
     right = max([x for x, _ in [*points, chosen]] + [curve[-1][0] for curve in curves.values()])
     _shade_above(ax, list(curves.values()), top)

@@ -15,10 +15,12 @@ from slidetune.plans import Plan, knobs
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, TIERS
 from slidetune.simulator.memory import TierMemory
 from slidetune.simulator.predict import Prediction
+from slidetune.tuner.remedies import TIER_NAMES
 from slidetune.tuner.whatif import AS_IT_IS
 from slidetune.units import GIB, TB, format_bytes, format_count, format_seconds
 
 _BAR = 16
+_IN_WORDS = ("waiting for", "most of it", "Optimizer state in")
 _TIER_NAMES = {"gpu": "GPU", "ram": "RAM", "nvme": "NVMe"}
 _LANE_NAMES = {
     GPU: "GPU compute",
@@ -108,7 +110,7 @@ def fit_table(rows: Sequence[Fit]) -> RenderableType:
     )
     for row in rows:
         if row.planned is None:
-            lack = f"does not fit: too little {_TIER_NAMES[row.lacking]}"
+            lack = f"does not fit: too little {TIER_NAMES[row.lacking]}"
             table.add_row(row.model, format_count(row.params), "–", "", "", lack, "", style="dim")
             continue
         plan, worth = row.planned.plan, row.planned.worth
@@ -253,7 +255,7 @@ def _uncertain(priced: Priced) -> RenderableType:
 def _columns(table: Table, *columns: tuple[str, str]) -> None:
     """Columns by name and alignment; only what is in words may wrap."""
     for name, justify in columns:
-        table.add_column(name, justify=justify, no_wrap=name not in ("waiting for", "most of it"))
+        table.add_column(name, justify=justify, no_wrap=name not in _IN_WORDS)
 
 
 def _bar(share: float) -> Text:

@@ -20,6 +20,12 @@ def test_the_table(tmp_path):
     assert "With shorter sequences, having no more positions: gpt2 (1024 tokens)" in ran.words
 
 
+def test_no_figure_is_cut_on_a_narrow_terminal(tmp_path):
+    ran = slidetune("fit", "--model", "mistral-nemo-12b", "--trials", "4", "--ram", "64", cwd=tmp_path, columns=80)
+    assert ran.code == 0
+    assert "…" not in ran.out
+
+
 def test_json(tmp_path):
     found = json.loads(slidetune("fit", *TWO, "--host", "server", "--json", cwd=tmp_path).out)
     gpt2, llama = found["models"]
