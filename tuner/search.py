@@ -111,7 +111,8 @@ def search(
 ) -> Found | None:
     """The best plan of `trials` distinct simulated ones, or None if none of those tried fits.
 
-    The same seed gives the same plan (without a shared storage, where others' trials count too). `progress` is
+    The same seed gives the same plan (without a shared storage, where others' trials count too: each process adds
+    `trials` plans that none has tried). `progress` is
     called with plans simulated, plans to simulate and the best tokens/s.
     """
     return _Search(space, evaluator, workers, trials, objective, seed, storage, study_name, progress).run()
@@ -269,6 +270,8 @@ class _Search:
         self.objective, self.shared, self.progress = objective, storage is not None, progress
         self.workers = workers
         self.neighbours: dict[Point, list[Point]] = {}
+        # Processes that share a study each go their own way: with one seed all would try the same plans.
+        seed = seed if storage is None else None
         self.random = random.Random(seed)
         self.study = optuna.create_study(
             study_name=study_name,
@@ -291,12 +294,16 @@ class _Search:
         experts = list(
             itertools.islice(starting_points(self.space, self.evaluator), max(1, int(self.wanted * _EXPERT_SHARE)))
         )
+        if self.shared:
+            self.random.shuffle(experts)
         for start in range(0, len(experts), _BATCH):
             if not self._spent():
-                self._try(experts[start : start + _BATCH], "expert")
+                self._learn()
+                self._try(list(filter(self._untried, experts[start : start + _BATCH])), "expert")
         to_sample = int((self.wanted - self.evaluator.simulated) * _SAMPLER_SHARE)
         fruitless = 0
         while not self._spent() and fruitless < _PATIENCE:
+            self._learn()
             before = self.evaluator.simulated
             sampled = [self._ask() for _ in range(min(to_sample, _BATCH // 4))]
             to_sample -= len(sampled)
@@ -306,6 +313,12 @@ class _Search:
             fruitless = 0 if self.evaluator.simulated > before else fruitless + 1
         self._polish()
         return choose(self._all_trials(), self.objective, self.study)
+
+    def _learn(self) -> None:
+        """Take over what others who share the study have tried meanwhile, so that no plan is tried twice."""
+        if self.shared:
+            for trial in self._all_trials():
+                self.tried.setdefault(trial.plan, trial)
 
     def _polish(self) -> None:
         """Try every neighbour of the plan chosen, until none of them is better."""

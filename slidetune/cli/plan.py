@@ -43,9 +43,9 @@ def plan(
             help="throughput; ram or nvme-writes: least of it at 90 % of the best throughput.", rich_help_panel=_SEARCH
         ),
     ] = "throughput",
-    trials: Annotated[int, typer.Option(help="Distinct plans to simulate.", rich_help_panel=_SEARCH)] = (
-        api.DEFAULT_TRIALS
-    ),
+    trials: Annotated[
+        int, typer.Option(help="Distinct plans to simulate; in a shared study, new ones.", rich_help_panel=_SEARCH)
+    ] = (api.DEFAULT_TRIALS),
     seed: Annotated[int, typer.Option(help="The same seed gives the same plan.", rich_help_panel=_SEARCH)] = 0,
     exhaustive: Annotated[
         bool, typer.Option("--exhaustive", help="Try every plan of a coarse space.", rich_help_panel=_SEARCH)

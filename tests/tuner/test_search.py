@@ -267,7 +267,7 @@ SHARING = """
         resident_weights=(0.0,), optimizer_nvme=(0.0,), weights_nvme=(0.0,), activations__nvme=(0.0,)
     )
     with Workers(evaluator, count=1) as workers:
-        found = search(space, evaluator, workers, trials=8, seed=int(sys.argv[2]), storage=sys.argv[1])
+        found = search(space, evaluator, workers, trials=40, seed=int(sys.argv[2]), storage=sys.argv[1])
     print(evaluator.simulated, found.worth.tokens_per_s)
 """
 
@@ -277,12 +277,12 @@ def test_two_processes_share_a_study(tmp_path, url):
     url = url.format(tmp_path)
     processes = [
         subprocess.Popen(python(SHARING, url, seed), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for seed in (1, 2)
+        for seed in (1, 1)
     ]
     outputs = [process.communicate(timeout=90) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     simulated, best = zip(*(map(float, out.split()) for out, _ in outputs), strict=True)
-    assert min(simulated) >= 8
+    assert min(simulated) >= 40
 
     # Optuna, and so its dashboard, opens it; both processes' trials are there, each told in full.
     study = optuna.load_study(study_name="slidetune", storage=open_storage(url))
@@ -290,9 +290,9 @@ def test_two_processes_share_a_study(tmp_path, url):
     assert all(trial.state.is_finished() for trial in trials)
     assert len([trial for trial in trials if trial.value is not None]) >= sum(simulated)
     assert [trial.number for trial in trials] == list(range(len(trials)))
-    # One expert plan was tried by either process.
-    experts = [str(trial.user_attrs["plan"]) for trial in trials if trial.user_attrs["origin"] == "expert"]
-    assert len(experts) == 2 * len(set(experts))
+    # The work is divided: what one has told, the other doesn't try again.
+    simulated_plans = [str(trial.user_attrs["plan"]) for trial in trials if trial.value is not None]
+    assert len(set(simulated_plans)) >= 0.7 * len(simulated_plans)
     # Whoever came last knew of all trials.
     top = max(trial.value for trial in trials if trial.value is not None)
     assert max(best) >= (1 - BATCH_TOLERANCE) * top
