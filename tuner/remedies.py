@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -130,15 +131,18 @@ def _candidates(model: ModelSpec, profile: HardwareProfile, plan: Plan) -> Itera
         )
     yield (
         lambda p: f"a batch of {p.batch} (micro_batch: {p.micro_batch}, accumulation: {p.accumulation})",
-        (
-            *(changed(accumulation=n) for n in range(plan.accumulation - 1, 0, -1)),
-            *(changed(micro_batch=n, accumulation=1) for n in down(plan.micro_batch) if n),
-        ),
+        (changed(micro_batch=m, accumulation=a) for m, a in _smaller_batches(plan)),
     )
     yield (
         lambda p: f"seq_len: {p.seq_len}",
         (changed(seq_len=plan.seq_len >> k) for k in range(1, 8) if plan.seq_len >> k >= 128),
     )
+
+
+def _smaller_batches(plan: Plan) -> list[tuple[int, int]]:
+    """Micro-batches and accumulations that make a smaller batch, the largest first."""
+    cuts = itertools.product(range(1, plan.micro_batch + 1), range(1, plan.accumulation + 1))
+    return sorted((cut for cut in cuts if cut[0] * cut[1] < plan.batch), key=lambda cut: (-cut[0] * cut[1], -cut[0]))
 
 
 def _changes_of_the_machine(model: ModelSpec, profile: HardwareProfile, plan: Plan) -> Iterator[str]:

@@ -17,6 +17,7 @@ from slidetune.tuner.workers import Workers
 # Plans tried on each changed machine beside the one at hand.
 _TRIES = 3
 MORE_RAM_GIB, MORE_GPU_GIB, MORE_CORES = 32, 8, 8
+_ROUNDING = 1e-9
 _ASSUMED = "what if"
 AS_IT_IS = "another plan, same machine"
 _DRIVE = Nvme(
@@ -76,11 +77,11 @@ def whatif(profile: HardwareProfile, plan: Plan, workers: Workers) -> list[WhatI
     for (change, _, _), (_, best) in zip(behind, workers.map(_after, behind), strict=True):
         found[change] = max(found[change], best, key=lambda pair: pair[0])
     rows = [
-        WhatIf(change=change, tokens_per_s=tokens, gain=tokens / base - 1.0, plan=best)
+        WhatIf(change=change, tokens_per_s=tokens, gain=_gain(tokens, base), plan=best)
         for change, (tokens, best) in found.items()
     ]
     if base > now:
-        rows.append(WhatIf(change=AS_IT_IS, tokens_per_s=base, gain=base / now - 1.0, plan=better))
+        rows.append(WhatIf(change=AS_IT_IS, tokens_per_s=base, gain=_gain(base, now), plan=better))
     return sorted(rows, key=lambda row: -row.gain)
 
 
@@ -105,6 +106,12 @@ def _after(here: Evaluator, case: tuple[str, HardwareProfile, Plan]) -> tuple[fl
     candidates = dict.fromkeys([plan, dataclasses.replace(plan, adam_threads=threads), *fresh])
     best = max(filter(evaluator.fits, candidates), key=lambda p: evaluator.worth(p).tokens_per_s)
     return evaluator.worth(plan).tokens_per_s, (evaluator.worth(best).tokens_per_s, best)
+
+
+def _gain(tokens_per_s: float, base: float) -> float:
+    """The share gained; what is only rounding is none."""
+    gain = tokens_per_s / base - 1.0
+    return gain if abs(gain) > _ROUNDING else 0.0
 
 
 def _more(figure: Figure, amount: float) -> Figure:

@@ -40,7 +40,8 @@ def plan(
     objective: Annotated[
         str,
         typer.Option(
-            help="throughput; ram or nvme-writes: least of it at 90 % of the best throughput.", rich_help_panel=_SEARCH
+            help="throughput; or at least 90 % of it with least ram, or with least nvme-writes a token.",
+            rich_help_panel=_SEARCH,
         ),
     ] = "throughput",
     trials: Annotated[
