@@ -344,7 +344,11 @@ class _Search:
         near = (n for point in centres for n in self._neighbours(point))
         further = (q for point in centres for n in self._neighbours(point) for q in self._neighbours(n))
         untried = filter(self._untried, itertools.chain(near, further))
-        return list(dict.fromkeys(itertools.islice(untried, count)))
+        if not self.shared:
+            return list(dict.fromkeys(itertools.islice(untried, count)))
+        # Others who share the study stand at the same best plans: the same neighbours in order would be theirs too.
+        found = list(dict.fromkeys(itertools.islice(untried, 4 * count)))
+        return self.random.sample(found, min(count, len(found)))
 
     def _neighbours(self, point: Point) -> list[Point]:
         if point not in self.neighbours:

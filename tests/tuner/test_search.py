@@ -292,7 +292,7 @@ def test_two_processes_share_a_study(tmp_path, url):
     assert [trial.number for trial in trials] == list(range(len(trials)))
     # The work is divided: what one has told, the other doesn't try again.
     simulated_plans = [str(trial.user_attrs["plan"]) for trial in trials if trial.value is not None]
-    assert len(set(simulated_plans)) >= 0.7 * len(simulated_plans)
+    assert len(set(simulated_plans)) > max(simulated)
     # Whoever came last knew of all trials.
     top = max(trial.value for trial in trials if trial.value is not None)
     assert max(best) >= (1 - BATCH_TOLERANCE) * top
@@ -306,6 +306,9 @@ def test_a_study_can_be_taken_up_again(tmp_path):
     second = found_by_search(an_evaluator(), trials=10, storage=url, seed=1)
     assert len(second.trials) > len(first.trials)
     assert second.trials[: len(first.trials)] == first.trials
+    before, after = first.trials, second.trials[len(first.trials) :]
+    repeated = {trial.plan for trial in before} & {trial.plan for trial in after if trial.origin != "sampler"}
+    assert not repeated, "what was tried is not tried again"
     assert fastest(second) >= fastest(first)
 
 
