@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import Literal
 
 import torch
@@ -33,7 +34,12 @@ def apply_kernels(kernels: Kernels, model: nn.Module) -> None:
     if kernels == "liger":
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
+        family = sys.modules[type(model).__module__]
+        classes = {name: value for name, value in vars(family).items() if isinstance(value, type)}
         _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+        # It exchanges the family's classes too, so that models made later would differ: a biased MLP loses its bias.
+        for name, value in classes.items():
+            setattr(family, name, value)
 
 
 def _why_not(model: nn.Module, device: torch.device) -> str:
@@ -44,4 +50,6 @@ def _why_not(model: nn.Module, device: torch.device) -> str:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     family = model.config.model_type
+    if getattr(model.config, "mlp_only_layers", None) or getattr(model.config, "mlp_bias", False):
+        return f"they don't know {family} with dense layers among mixtures, or with biased MLPs"
     return "" if family in MODEL_TYPE_TO_APPLY_LIGER_FN else f"there are none for {family}"

@@ -183,12 +183,12 @@ class Lanes:
                 start = torch.cuda.Event(enable_timing=True)
                 start.record(lane.stream)
             self.operations[task](step)
-            end = lane.event(lane.passed + 1)
-            end.record(lane.stream)
             if times is not None:
+                # Before the event that others wait for: an idle stream would date it when the host comes to it.
                 end = torch.cuda.Event(enable_timing=True)
                 end.record(lane.stream)
                 times[task] = (start, end)
+            lane.event(lane.passed + 1).record(lane.stream)
         with lane.moved:
             lane.passed += 1
             lane.moved.notify_all()

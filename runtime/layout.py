@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slidetune.runtime.adam import AdamW
 
-# Whole tensors of a multiple of this many elements come first, so that they all start well aligned.
+# Tensors come by how large a power of two, up to this, divides their size: then each starts at a multiple of its own.
 _ALIGNED = 64
 
 
@@ -40,7 +40,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The parameters of one unit: trained ones first, equal hyper-parameters together, frozen ones last."""
+    """The parameters of one unit: trained ones first, well aligned, frozen ones last."""
 
     entries: tuple[Entry, ...]
     runs: tuple[tuple[int, int, AdamW], ...] = field(init=False)
@@ -66,7 +66,11 @@ class Layout:
             if entry.hyper is not None and entry.hyper not in kinds:
                 kinds.append(entry.hyper)
         kinds.append(None)
-        return cls.in_order(sorted(entries, key=lambda e: (kinds.index(e.hyper), e.numel % _ALIGNED != 0)))
+
+        def place(entry: Entry) -> tuple[bool, int, int]:
+            return entry.hyper is None, -math.gcd(entry.numel, _ALIGNED), kinds.index(entry.hyper)
+
+        return cls.in_order(sorted(entries, key=place))
 
     @classmethod
     def in_order(cls, entries: Iterable[Entry]) -> Layout:

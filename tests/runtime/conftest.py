@@ -19,6 +19,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def own_kernels(monkeypatch):
+    """The reference computes with transformers' own kernels: so does what is compared with it."""
+    from slidetune.runtime import trainer
+
+    def choose(wanted, model, device):
+        return choose_kernels("eager" if wanted == "auto" else wanted, model, device)
+
+    choose_kernels = trainer.choose_kernels
+    monkeypatch.setattr(trainer, "choose_kernels", choose)
+
+
 @pytest.fixture
 def no_threads_left():
     """Whatever the test does, no lane may outlive it."""

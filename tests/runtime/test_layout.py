@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,7 +50,7 @@ def test_pieces_are_the_runs_inside(given_entries, data):
         assert all(e.hyper == hyper for e in layout.entries if e.start < high and low < e.stop)
 
 
-def test_equal_hyper_parameters_stand_together():
+def test_every_parameter_is_as_well_aligned_as_its_size_allows():
     decays, plain = AdamW(weight_decay=0.1), AdamW()
     layout = Layout.packed(
         [
@@ -58,9 +60,10 @@ def test_equal_hyper_parameters_stand_together():
             Entry(name="k", shape=(64,), hyper=decays),
         ]
     )
-    # Odd sizes come last among their like, so that the others start well aligned.
-    assert [e.name for e in layout.entries] == ["norm2", "norm", "q", "k"]
-    assert layout.runs == ((0, 69, plain), (69, 69 + 192, decays))
+    # Grouped products want 16 bytes; equal hyper-parameters stand together among what is aligned alike.
+    assert [e.name for e in layout.entries] == ["norm2", "q", "k", "norm"]
+    assert all(e.start % math.gcd(e.numel, 64) == 0 for e in layout.entries)
+    assert layout.runs == ((0, 64, plain), (64, 256, decays), (256, 261, plain))
 
 
 def test_a_view():

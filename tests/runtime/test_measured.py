@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -41,10 +43,11 @@ def test_every_task_after_what_it_waits_for(update, tmp_path):
             assert (row.op, row.unit, row.lane) == (task.work.op, task.unit, task.work.lane)
             assert row.ready_s <= row.start_s <= row.end_s
             for dep in task.after:
-                assert of_step[dep].end_s <= row.start_s
+                # CUDA's events are dated to half a microsecond, in 32 bits.
+                assert of_step[dep].end_s <= row.start_s + (1e-5 if DEVICE != "cpu" else 0.0)
         for tasks in schedule.lane_tasks().values():
             ends = [of_step[index].end_s for index in tasks]
-            assert ends == sorted(ends)
+            assert all(later >= earlier - 1e-5 for earlier, later in pairwise(ends))
     assert list(to_frame(rows).columns)[:3] == ["step", "op", "unit"]
 
 
