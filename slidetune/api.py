@@ -163,9 +163,9 @@ def plan(
         update="forward" if clip_norm is not None else "backward",
         gpu_memory_gib=memory_cap_gib(profile),
     )
-    space = (coarse_space if exhaustive else full_space)(model, profile, base, batch)
-    evaluator = Evaluator(model, profile)
     everything = full_space(model, profile, base, batch)
+    space = coarse_space(model, profile, base, batch) if exhaustive else everything
+    evaluator = Evaluator(model, profile)
     least = everything.plan(smallest(everything, evaluator))
     if not evaluator.fits(least):
         raise does_not_fit(model, profile, least, f"even the plan for {model.name} that needs least on {profile.name}")

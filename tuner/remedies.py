@@ -13,10 +13,10 @@ from slidetune.hardware import HardwareProfile
 from slidetune.model import ModelSpec
 from slidetune.plans import Activations, Plan, Recompute, problems
 from slidetune.schedule import TIERS, Pool
+from slidetune.traces.labels import TIER_LABELS
 from slidetune.units import GB, GIB, format_bytes
 
-TIER_NAMES = {"gpu": "GPU memory", "ram": "RAM", "nvme": "NVMe"}
-_BUFFERS_NAMED = 3
+_BUFFERS_NAMED = _PLANS_NAMED = 3
 # Machines are bought in steps of this many GiB.
 _RAM_STEP, _GPU_STEP = 16, 4
 
@@ -26,7 +26,8 @@ def does_not_fit(model: ModelSpec, profile: HardwareProfile, plan: Plan, what: s
     kernels = profile.gpu.kernels
     pools = buffers.pools(model, plan, kernels)
     working = buffers.working_bytes(model, plan, kernels)
-    hint = [*_changes_of_the_plan(model, profile, plan), *_changes_of_the_machine(model, profile, plan)]
+    gentlest = itertools.islice(_changes_of_the_plan(model, profile, plan), _PLANS_NAMED)
+    hint = [*gentlest, *_changes_of_the_machine(model, profile, plan)]
     return overflow_error(what, profile, pools, working, hint)
 
 
@@ -45,7 +46,7 @@ def overflow_error(
             largest = sorted(owners.items(), key=lambda item: -item[1])[:_BUFFERS_NAMED]
             named = ", ".join(f"{name} {format_bytes(held)}" for name, held in largest)
             parts.append(
-                f"{TIER_NAMES[tier]} by {format_bytes(needed - size)} ({needed - size:,} bytes): it needs "
+                f"{TIER_LABELS[tier]} by {format_bytes(needed - size)} ({needed - size:,} bytes): it needs "
                 f"{format_bytes(needed)} of {format_bytes(size)} usable, most of it {named}"
             )
     hint = "Nearest changes that fit: " + "; ".join(remedies) + "." if remedies else ""
@@ -53,12 +54,10 @@ def overflow_error(
 
 
 def _changes_of_the_plan(model: ModelSpec, profile: HardwareProfile, plan: Plan) -> Iterator[str]:
-    """Single changes of the plan after which it fits, in words, the gentlest first; at most three."""
-    found = 0
+    """Single changes of the plan after which it fits, in words, the gentlest first."""
     for text, candidates in _candidates(model, profile, plan):
         fitting = next((c for c in candidates if not problems(c, model) and _fits(model, profile, c)), None)
-        if fitting is not None and found < 3:
-            found += 1
+        if fitting is not None:
             yield text(fitting)
 
 

@@ -12,26 +12,17 @@ from slidetune.api import Fit, Planned, Priced
 from slidetune.hardware import HardwareProfile
 from slidetune.model import ModelSpec
 from slidetune.plans import Plan, knobs
-from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, TIERS
+from slidetune.schedule import TIERS
+from slidetune.simulator.bounds import LANE_NAMES
 from slidetune.simulator.memory import TierMemory
 from slidetune.simulator.predict import Prediction
-from slidetune.tuner.remedies import TIER_NAMES
+from slidetune.traces.labels import TIER_LABELS
 from slidetune.tuner.whatif import AS_IT_IS
 from slidetune.units import GIB, TB, format_bytes, format_count, format_seconds
 
 _BAR = 16
 _IN_WORDS = ("waiting for", "most of it", "Optimizer state in")
 _TIER_NAMES = {"gpu": "GPU", "ram": "RAM", "nvme": "NVMe"}
-_LANE_NAMES = {
-    GPU: "GPU compute",
-    H2D: "uploads",
-    D2H: "downloads",
-    CPU_ADAM: "CPU Adam",
-    NVME_READ: "NVMe reads",
-    NVME_WRITE: "NVMe writes",
-    "link": "transfers",
-    "convert": "CPU conversion",
-}
 # Effects on the step below this share are not worth a line.
 _TELLING = 0.002
 _NAMED = 3
@@ -110,7 +101,7 @@ def fit_table(rows: Sequence[Fit]) -> RenderableType:
     )
     for row in rows:
         if row.planned is None:
-            lack = f"does not fit: too little {TIER_NAMES[row.lacking]}"
+            lack = f"does not fit: too little {TIER_LABELS[row.lacking]}"
             table.add_row(row.model, format_count(row.params), "–", "", "", lack, "", style="dim")
             continue
         plan, worth = row.planned.plan, row.planned.worth
@@ -187,12 +178,12 @@ def _lanes(priced: Priced) -> RenderableType:
     _columns(table, ("Lane", "left"), ("busy", "right"), ("", "left"), ("waiting for", "left"))
     for lane, share in prediction.lanes.items():
         waits = [
-            f"{_LANE_NAMES.get(other, other)} {seconds / prediction.step_s:.0%}"
+            f"{LANE_NAMES.get(other, other)} {seconds / prediction.step_s:.0%}"
             for other, seconds in share.waiting_s.items()
             if seconds >= 0.01 * prediction.step_s
         ]
         busy = share.busy_s / prediction.step_s
-        table.add_row(_LANE_NAMES.get(lane, lane), f"{busy:.0%}", _bar(busy), ", ".join(waits[:_NAMED]) or "–")
+        table.add_row(LANE_NAMES.get(lane, lane), f"{busy:.0%}", _bar(busy), ", ".join(waits[:_NAMED]) or "–")
     return table
 
 
