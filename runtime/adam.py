@@ -137,6 +137,58 @@ def adam_step(
         adam_native.step(high, low, exp_avg, exp_avg_sq, grad, coefficients, threads, chosen)
 
 
+def adam_rows(
+    high: Tensor,
+    low: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    width: int,
+    rows: Tensor,
+    places: Tensor,
+    values: Tensor,
+    dense: Tensor | None = None,
+    hyper: AdamW,
+    step: int,
+    grad_scale: float = 1.0,
+    threads: int = 1,
+    implementation: str | None = None,
+) -> None:
+    """`adam_step` of some rows of a matrix in place, without copying them out and back.
+
+    Args:
+        high, low, exp_avg, exp_avg_sq: the whole matrix, flat, as for `adam_step`.
+        width: elements of a row.
+        rows: int64 [n], each row once.
+        places: int64 [n]: which row of `values` is this one's gradient; where negative, its own row of `dense`, or
+            zeros without such a matrix.
+        values: bf16 [any number, width].
+        dense: bf16, flat, as long as the matrix.
+        hyper, step, grad_scale, threads, implementation: as for `adam_step`.
+
+    Raises:
+        TypeError, ValueError: as `adam_step`, or for rows and places that are not int64 and of one length.
+        IndexError: for rows or places outside their matrices.
+    """
+    _check(high=high, low=low, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, grad=high if dense is None else dense)
+    for name, tensor in (("rows", rows), ("places", places)):
+        if tensor.dtype != torch.int64 or tensor.shape != (rows.numel(),) or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous int64 of one length, not {tensor.dtype} {tuple(tensor.shape)}")
+    if values.dtype != torch.bfloat16 or not values.is_contiguous() or values.dim() != 2 or values.shape[1] != width:
+        raise ValueError(f"values must be contiguous bf16 [any, {width}], not {values.dtype} {tuple(values.shape)}")
+    if not rows.numel():
+        return
+    if int(rows.min()) < 0 or (int(rows.max()) + 1) * width > high.numel() or int(places.max()) >= values.shape[0]:
+        raise IndexError("a row or place lies outside its matrix")
+    state = (high, low, exp_avg, exp_avg_sq)
+    chosen = adam_implementation() if implementation is None else implementation
+    coefficients = Coefficients.of(hyper, step, grad_scale)
+    if chosen == "torch":
+        adam_torch.rows_step(state, width, rows, places, values, dense, coefficients)
+    else:
+        adam_native.rows_step(state, width, rows, places, values, dense, coefficients, threads, chosen)
+
+
 _DTYPES = {
     "high": (torch.bfloat16,),
     "low": (torch.int16,),

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from slidetune.runtime.adam import Coefficients
@@ -72,6 +74,32 @@ def step(
     )
 
 
+def rows_step(
+    state: Sequence[Tensor],
+    width: int,
+    rows: Tensor,
+    places: Tensor,
+    values: Tensor,
+    dense: Tensor | None,
+    coefficients: Coefficients,
+    threads: int,
+    path: str,
+) -> None:
+    """One update of rows in place; arguments as `adam.adam_rows` has checked them."""
+    _library().slidetune_adam_rows(
+        _PATHS.index(path),
+        threads,
+        width,
+        rows.numel(),
+        rows.data_ptr(),
+        places.data_ptr(),
+        *(part.data_ptr() for part in state),
+        values.data_ptr(),
+        None if dense is None else dense.data_ptr(),
+        _struct_of(coefficients),
+    )
+
+
 @lru_cache(maxsize=64)
 def _struct_of(coefficients: Coefficients) -> _Coefficients:
     return _Coefficients(*(getattr(coefficients, name) for name, _ in _Coefficients._fields_))
@@ -92,6 +120,14 @@ def _library() -> ctypes.CDLL | None:
         ctypes.c_int64,
         *(ctypes.c_void_p,) * 5,
         ctypes.c_int,
+        ctypes.POINTER(_Coefficients),
+    )
+    library.slidetune_adam_rows.restype = None
+    library.slidetune_adam_rows.argtypes = (
+        ctypes.c_int,
+        ctypes.c_int,
+        *(ctypes.c_int64,) * 2,
+        *(ctypes.c_void_p,) * 8,
         ctypes.POINTER(_Coefficients),
     )
     return library

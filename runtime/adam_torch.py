@@ -16,10 +16,14 @@ from torch import Tensor
 from slidetune.runtime.split import join, quiet_nans, split
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from slidetune.runtime.adam import Coefficients
 
 # The temporaries of one block stay in a core's cache.
 _BLOCK = 1 << 16
+# Rows copied out, updated and copied back at a time.
+_ROWS = 1024
 
 
 def step(high: Tensor, low: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, c: Coefficients) -> None:
@@ -28,6 +32,30 @@ def step(high: Tensor, low: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: T
     with torch.no_grad(), np.errstate(all="ignore"):
         for start in range(0, high.numel(), _BLOCK):
             _block(*(tensor[start : start + _BLOCK] for tensor in whole), c)
+
+
+def rows_step(
+    state: Sequence[Tensor],
+    width: int,
+    rows: Tensor,
+    places: Tensor,
+    values: Tensor,
+    dense: Tensor | None,
+    c: Coefficients,
+) -> None:
+    """One update of rows in place; arguments as `adam.adam_rows` has checked them."""
+    tables = [part[: part.numel() // width * width].view(-1, width) for part in state]
+    for ids, at in zip(rows.split(_ROWS), places.split(_ROWS), strict=True):
+        copies = [table.index_select(0, ids) for table in tables]
+        if dense is None:
+            gradient = torch.zeros(ids.numel(), width, dtype=torch.bfloat16)
+        else:
+            gradient = dense.view(-1, width).index_select(0, ids)
+        own = at >= 0
+        gradient[own] = values[at[own]]
+        step(*(copy.view(-1) for copy in copies), gradient.view(-1), c)
+        for table, copy in zip(tables, copies, strict=True):
+            table.index_copy_(0, ids, copy)
 
 
 def _block(high: Tensor, low: Tensor, m: Tensor, v: Tensor, grad: Tensor, c: Coefficients) -> None:

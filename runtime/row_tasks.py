@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slidetune.runtime.rows import RowGradients
 from slidetune.runtime.steps import Step
-from slidetune.runtime.update_tasks import updater
+from slidetune.runtime.update_tasks import row_updater
 from slidetune.runtime.walk import Operation, Walk, as_hidden
 from slidetune.schedule import Task
 
@@ -82,7 +82,7 @@ def adam_rows(walk: Walk, index: int, task: Task) -> Operation:
             return
         ids = step.rows.tensor_split(parts)[part]
         dense = walk.dense
-        walk.machine.tables.update_rows(ids, dense, source.row_gradients, updater(walk, source))
+        walk.machine.tables.update_rows(ids, dense, source.row_gradients, row_updater(walk, source))
 
     return run
 
@@ -97,6 +97,6 @@ def adam_rest(walk: Walk, index: int, task: Task) -> Operation:
             return
         but = step.rows if step.rows is not None else torch.zeros(0, dtype=torch.long)
         gradients = source.row_gradients if walk.rows_late else None
-        walk.machine.tables.update_rest(part, parts, but, walk.dense, gradients, updater(walk, source))
+        walk.machine.tables.update_rest(part, parts, but, walk.dense, gradients, row_updater(walk, source))
 
     return run

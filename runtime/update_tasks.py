@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from slidetune import buffers
-from slidetune.runtime.adam import AdamW, adam_step
+from slidetune.runtime.adam import AdamW, adam_rows, adam_step
 from slidetune.runtime.clipping import add_squares, gradient_scale
 from slidetune.runtime.masters import State
 from slidetune.runtime.resident import update_resident
+from slidetune.runtime.rows import Update as RowUpdate
 from slidetune.runtime.steps import Step
 from slidetune.runtime.walk import EMBEDDING, Operation, Walk
 from slidetune.schedule import Task
@@ -99,6 +100,27 @@ def updater(walk: Walk, source: Step) -> Callable[[State, Tensor, AdamW], None]:
         adam_step(
             *state,
             gradient,
+            hyper=source.scaled(hyper),
+            step=source.update,
+            grad_scale=scale,
+            threads=threads,
+        )
+
+    return update
+
+
+def row_updater(walk: Walk, source: Step) -> RowUpdate:
+    """The same of rows of the embedding tables."""
+    threads, scale, width = walk.plan.adam_threads, gradient_scale(source, walk.plan.clip_norm), walk.spec.hidden_size
+
+    def update(state: State, rows: Tensor, places: Tensor, values: Tensor, dense: Tensor | None, hyper: AdamW) -> None:
+        adam_rows(
+            *state,
+            width=width,
+            rows=rows,
+            places=places,
+            values=values,
+            dense=dense,
             hyper=source.scaled(hyper),
             step=source.update,
             grad_scale=scale,

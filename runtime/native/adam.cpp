@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <vector>
 
 #include "pool.hpp"
 
@@ -307,6 +308,27 @@ void slidetune_adam_step(int path, int threads, int64_t count, uint16_t* high, i
     const PlainFloatingPoint mode;
     const int64_t begin = block * kBlock, end = begin + kBlock;
     kernel(arrays, begin, end < count ? end : count, *coefficients);
+  });
+}
+
+// The same for `count` rows of a matrix of rows of `width`. A row's gradient is row places[i] of `values`, or, where
+// that is negative, its own row of `dense`, or zeros where there is no such matrix; all of them bf16.
+void slidetune_adam_rows(int path, int threads, int64_t width, int64_t count, const int64_t* rows,
+                         const int64_t* places, uint16_t* high, int16_t* low, float* exp_avg, float* exp_avg_sq,
+                         const uint16_t* values, const uint16_t* dense, const Coefficients* coefficients) {
+  const Kernel kernel = kernel_of(path, true);
+  const std::vector<uint16_t> zeros(dense == nullptr ? width : 0);
+  const int64_t rows_at_once = width < kBlock ? kBlock / width : 1;
+  const int64_t blocks = (count + rows_at_once - 1) / rows_at_once;
+  slidetune::Pool::shared().run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
+    const PlainFloatingPoint mode;
+    const int64_t begin = block * rows_at_once, end = begin + rows_at_once;
+    for (int64_t i = begin; i < end && i < count; ++i) {
+      const int64_t at = rows[i] * width;
+      const uint16_t* grad = dense == nullptr ? zeros.data() : dense + at;
+      if (places[i] >= 0) grad = values + places[i] * width;
+      kernel({high + at, low + at, exp_avg + at, exp_avg_sq + at, grad, true}, 0, width, *coefficients);
+    }
   });
 }
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from slidetune.runtime.adam import AdamW, adam_step
+from slidetune.runtime.adam import AdamW, adam_implementations, adam_rows, adam_step
 from slidetune.runtime.masters import State
 from slidetune.runtime.rows import RowGradients, RowTables
 from slidetune.runtime.split import split
@@ -17,15 +17,12 @@ FAST, SLOW = AdamW(lr=0.1, weight_decay=0.1), AdamW(lr=0.01)
 WIDTH = 4
 
 
-def random_state(rows, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    high, low = split(torch.randn(rows * WIDTH, generator=generator))
-    first = torch.randn(rows * WIDTH, generator=generator) * 0.1
-    return State(high, low, first, torch.rand(rows * WIDTH, generator=generator))
+def random_state(rows):
+    return wide_state(rows * WIDTH)
 
 
-def update(state, gradient, hyper):
-    adam_step(*state, gradient, hyper=hyper, step=3)
+def update(state, rows, places, values, dense, hyper):
+    adam_rows(*state, width=WIDTH, rows=rows, places=places, values=values, dense=dense, hyper=hyper, step=3)
 
 
 @given(
@@ -60,7 +57,7 @@ def test_rows_and_rest_are_one_update_of_all(rows, second, read_before, read_now
     start = 0
     for count, hyper in tables:
         span = slice(start * WIDTH, (start + count) * WIDTH)
-        update(State(*(part[span] for part in expected)), whole[span], hyper)
+        adam_step(*(part[span] for part in expected), whole[span], hyper=hyper, step=3)
         start += count
     for name, one, other in zip(State._fields, found, expected, strict=True):
         assert torch.equal(one, other), name
@@ -75,8 +72,59 @@ def test_frozen_tables_are_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
 
 
-def test_places_of_common_ids():
+def test_places_of_ids():
     gradients = RowGradients(torch.tensor([2, 5, 9]), torch.zeros(3, WIDTH))
-    here, there = gradients.of(torch.tensor([1, 2, 9, 10]))
-    assert here.tolist() == [1, 2]
-    assert there.tolist() == [0, 2]
+    assert gradients.places(torch.tensor([1, 2, 9, 10])).tolist() == [-1, 0, 2, -1]
+
+
+@pytest.mark.parametrize("implementation", adam_implementations())
+@pytest.mark.parametrize("has_dense", [False, True])
+@pytest.mark.parametrize("width", [1, 16, 33, 40000])
+def test_rows_are_updated_in_place_as_all_are(implementation, has_dense, width):
+    generator = torch.Generator().manual_seed(0)
+    count = 9
+    found = wide_state(count * width)
+    expected = State(*(part.clone() for part in found))
+    rows, places = torch.tensor([7, 0, 3]), torch.tensor([1, -1, 0])
+    values = torch.randn(2, width, generator=generator).to(torch.bfloat16)
+    dense = torch.randn(count * width, generator=generator).to(torch.bfloat16) if has_dense else None
+    adam_rows(
+        *found,
+        width=width,
+        rows=rows,
+        places=places,
+        values=values,
+        dense=dense,
+        hyper=FAST,
+        step=3,
+        grad_scale=0.5,
+        threads=2,
+        implementation=implementation,
+    )
+    for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+        span = slice(row * width, (row + 1) * width)
+        own = torch.zeros(width, dtype=torch.bfloat16) if dense is None else dense[span]
+        gradient = values[place] if place >= 0 else own
+        adam_step(*(part[span] for part in expected), gradient, hyper=FAST, step=3, grad_scale=0.5)
+    for name, one, other in zip(State._fields, found, expected, strict=True):
+        assert torch.equal(one, other), name
+
+
+def wide_state(count):
+    generator = torch.Generator().manual_seed(2)
+    high, low = split(torch.randn(count, generator=generator))
+    return State(high, low, torch.randn(count, generator=generator), torch.rand(count, generator=generator))
+
+
+@pytest.mark.parametrize(("rows", "places"), [([5], [0]), ([-1], [0]), ([0], [1])])
+def test_rows_outside_are_refused(rows, places):
+    with pytest.raises(IndexError):
+        adam_rows(
+            *random_state(5),
+            width=WIDTH,
+            rows=torch.tensor(rows),
+            places=torch.tensor(places),
+            values=torch.zeros(1, WIDTH, dtype=torch.bfloat16),
+            hyper=FAST,
+            step=1,
+        )
