@@ -1,23 +1,31 @@
-"""AdamW on the device, for the layers that stay there whole.
-
-torch's fused kernel over an fp32 master. It agrees with `adam.adam_step` to the rounding of a few fp32 operations,
-not bit for bit: on CUDA torch contracts other products into fused multiply-adds.
-"""
+"""AdamW on the device over a split master, for the layers that live there whole: the arithmetic of `adam`, bit for bit
+but for subnormal numbers, in one pass over device memory. Without a GPU the CPU's own kernel does it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from slidetune.runtime.adam import AdamW
+from slidetune.errors import SlidetuneError
+from slidetune.runtime.adam import AdamW, Coefficients, adam_step
 
-# Elements at once: bounds the fp32 copy of the gradient to 64 MiB. A multiple of every vector length.
-_PIECE = 1 << 24
+
+def check_gpu_adam(device: torch.device) -> None:
+    """Raise SlidetuneError where the kernel can't run on the device."""
+    if device.type == "cpu":
+        return
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        raise SlidetuneError(
+            "updating resident layers on the GPU needs Triton, which is not installed.",
+            "pip install triton, or set resident_layers: 0 in the plan.",
+        ) from None
 
 
 def adam_step_gpu(
-    weights: Tensor,
-    master: Tensor,
+    high: Tensor,
+    low: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
@@ -25,42 +33,22 @@ def adam_step_gpu(
     hyper: AdamW,
     step: int,
     grad_scale: float = 1.0,
+    threads: int = 1,
 ) -> None:
     """One AdamW step, in place, over contiguous 1-D tensors of one length on one device; asynchronous on CUDA.
 
-    Args:
-        weights: receives the new parameters, rounded to its dtype (bf16).
-        master: fp32 parameters.
-        exp_avg: fp32 first moment.
-        exp_avg_sq: fp32 second moment.
-        grad: bf16 or fp32 gradient; read only.
-        hyper: hyper-parameters of this call.
-        step: number of this optimizer step, the first being 1.
-        grad_scale: the gradient is multiplied by it first.
-
-    Raises:
-        ValueError: if a tensor is not contiguous and 1-D, or the lengths differ.
+    Args and errors as for `adam.adam_step`, except: `grad` may be the fp32 sum of several micro-batches, which is
+    rounded to bf16 first, as it is for layers whose gradient crosses the link; `threads` count on the CPU only.
     """
-    tensors = (weights, master, exp_avg, exp_avg_sq, grad)
-    if any(tensor.dim() != 1 or not tensor.is_contiguous() or tensor.shape != master.shape for tensor in tensors):
+    tensors = (high, low, exp_avg, exp_avg_sq, grad)
+    if any(tensor.dim() != 1 or not tensor.is_contiguous() or tensor.shape != high.shape for tensor in tensors):
         raise ValueError(f"contiguous 1-D tensors of one length needed, not {[tuple(t.shape) for t in tensors]}")
-    steps = torch.full((), float(step), dtype=torch.float32, device=master.device)
-    with torch.no_grad():
-        for w, p, m, v, g in zip(*(tensor.split(_PIECE) for tensor in tensors), strict=True):
-            scaled = g.float() if grad_scale == 1 else g.float() * grad_scale
-            torch._fused_adamw_(
-                [p],
-                [scaled],
-                [m],
-                [v],
-                [],
-                [steps],
-                lr=hyper.lr,
-                beta1=hyper.beta1,
-                beta2=hyper.beta2,
-                weight_decay=hyper.weight_decay,
-                eps=hyper.eps,
-                amsgrad=False,
-                maximize=False,
-            )
-            w.copy_(p)
+    if high.device.type == "cpu":
+        rounded = grad.to(torch.bfloat16)
+        adam_step(
+            high, low, exp_avg, exp_avg_sq, rounded, hyper=hyper, step=step, grad_scale=grad_scale, threads=threads
+        )
+        return
+    from slidetune.runtime.gpu_adam_triton import launch
+
+    launch(high, low, exp_avg, exp_avg_sq, grad, Coefficients.of(hyper, step, grad_scale))

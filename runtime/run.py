@@ -28,6 +28,7 @@ class Measured:
     step_s: list[float] = field(default_factory=list)
     """From one step's loss to the next one's; the first from its start."""
     nvme_written_bytes: int = 0
+    """By the steps; what loading wrote is not in it."""
     peaks: dict[str, int] = field(default_factory=dict)
     """gpu (allocated by torch), page_locked (arenas registered with CUDA) and ram (the process's resident peak)."""
 
@@ -57,6 +58,7 @@ def run(
     batches = iter(batches)
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
+    written_before = trainer.nvme_written_bytes
     before = time.perf_counter()
     for number in range(1, steps + 1):
         batch = next(batches, None)
@@ -68,7 +70,7 @@ def run(
         before = now
         on_step(number, measured)
     trainer.finish()
-    measured.nvme_written_bytes = trainer.nvme_written_bytes
+    measured.nvme_written_bytes = trainer.nvme_written_bytes - written_before
     measured.peaks = peaks(trainer)
     return measured
 

@@ -29,6 +29,7 @@ from slidetune.runtime import batches, clipping
 from slidetune.runtime.adam import AdamW
 from slidetune.runtime.binding import Parts
 from slidetune.runtime.counted_spec import spec_of
+from slidetune.runtime.gpu_adam import check_gpu_adam
 from slidetune.runtime.kernels import apply_kernels, choose_kernels
 from slidetune.runtime.lanes import Lanes
 from slidetune.runtime.layout import Layout
@@ -128,6 +129,8 @@ class SlidingTrainer:
         apply_kernels(self.kernels, model)
         self.schedule: Schedule = build(self.spec, plan, self.kernels)
         self._check_memory()
+        if plan.resident_layers:
+            check_gpu_adam(self.device)
         # Loading may use on the device what computing will.
         source = _weights(ref, model, random_weights, seed, self.device, self.schedule.working_bytes() // 2)
         try:

@@ -144,7 +144,7 @@ def adam_gpu(walk: Walk, index: int, task: Task) -> Operation:
             source.loss_event.synchronize()
         if source.good:
             scale = gradient_scale(source, walk.plan.clip_norm)
-            update_resident(master, gradient, source, scale)
+            update_resident(master, gradient, source, scale, walk.plan.adam_threads)
 
     return run
 

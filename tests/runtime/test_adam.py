@@ -367,20 +367,21 @@ def test_wrong_tensors_are_refused_by_name() -> None:
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))],
 )
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_resident_layers_take_the_same_step_to_rounding(
-    device: str, grad_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("slidetune.runtime.gpu_adam._PIECE", 256)
-    hyper, before = HYPERS["decay"], state("usual", 1001, grad_dtype)
-    expected = ours(before, hyper, 7, 0.37)
-    weights = torch.zeros(1001, dtype=torch.bfloat16, device=device)
-    master, exp_avg, exp_avg_sq, grad = (
-        tensor.clone().to(device) for tensor in (before.master, before.exp_avg, before.exp_avg_sq, before.grad)
-    )
-    adam_step_gpu(weights, master, exp_avg, exp_avg_sq, grad, hyper=hyper, step=7, grad_scale=0.37)
-    for got, want in ((master, expected.master), (exp_avg, expected.exp_avg), (exp_avg_sq, expected.exp_avg_sq)):
-        torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-9)
-    assert torch.equal(weights, master.bfloat16())
-    assert torch.equal(grad.cpu(), before.grad)
+@pytest.mark.parametrize("kind", ["usual", "special"])
+@pytest.mark.parametrize("hyper", HYPERS.values(), ids=HYPERS)
+def test_resident_layers_take_the_same_step(device: str, grad_dtype: torch.dtype, kind: str, hyper: AdamW) -> None:
+    before = state(kind, 5001, grad_dtype)
+    expected = ours(replace(before, grad=before.grad.bfloat16()), hyper, 7, 0.37)
+    parts = (*split(before.master), before.exp_avg.clone(), before.exp_avg_sq.clone(), before.grad)
+    high, low, exp_avg, exp_avg_sq, grad = (part.to(device) for part in parts)
+    adam_step_gpu(high, low, exp_avg, exp_avg_sq, grad, hyper=hyper, step=7, grad_scale=0.37)
+    found = State(join(high, low).cpu(), exp_avg.cpu(), exp_avg_sq.cpu(), before.grad)
+    for got, want in zip(found.bits(), expected.bits(), strict=True):
+        assert torch.equal(got, want)
+    torch.testing.assert_close(grad.cpu(), before.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_resident_layers_tensors_are_checked() -> None:
+    parts = [torch.zeros(4, dtype=dtype) for dtype in (torch.bfloat16, torch.int16, *(torch.float32,) * 3)]
     with pytest.raises(ValueError, match="contiguous 1-D tensors of one length"):
-        adam_step_gpu(weights[1:], master, exp_avg, exp_avg_sq, grad, hyper=hyper, step=7)
+        adam_step_gpu(parts[0][1:], *parts[1:], hyper=AdamW(), step=7)
