@@ -20,6 +20,8 @@ _HOME = {
     "simulate": "slidetune.api",
     "simulate_policy": "slidetune.api",
     "fit": "slidetune.api",
+    "validate": "slidetune.validating",
+    "validate_recorded": "slidetune.validating",
     "report": "slidetune.reporting",
     "machine": "slidetune.machines",
     "load_profile": "slidetune.machines",

@@ -21,6 +21,14 @@ LANE_LABELS = {
 
 TIER_LABELS = {"gpu": "GPU memory", "ram": "RAM", "nvme": "NVMe"}
 
+MEMORY_LABELS = {
+    "gpu": "GPU memory, peak",
+    "page_locked": "page-locked RAM",
+    "ram": "RAM, process peak",
+    "nvme_written": "written to NVMe a step",
+}
+"""What a validation compares of memory."""
+
 
 def lane_label(lane: str) -> str:
     return LANE_LABELS.get(lane, lane)
