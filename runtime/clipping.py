@@ -10,20 +10,18 @@ from torch import Tensor
 
 from slidetune.runtime.steps import Step
 
-# Elements squared at once: bounds the fp64 copy.
-_PIECE = 1 << 22
 _EPS = 1e-6
 
 
 def add_squares(total: Tensor, values: Tensor) -> None:
     """Add the squares of a bf16 gradient to an fp64 scalar, on the gradient's device and stream."""
-    for piece in values.split(_PIECE):
-        total.add_(piece.double().square_().sum())
+    # Widened element by element as they are read: there is no fp64 copy.
+    total.add_(torch.linalg.vector_norm(values, dtype=torch.float64).square_())
 
 
 def gradient_norm(step: Step) -> float:
     """The norm of all gradients of a step; all of them must be there. Waits for the device."""
-    return math.sqrt(float(step.squares.sum()) + step.host_squares)
+    return math.sqrt(float(step.squares) + step.host_squares)
 
 
 def gradient_scale(step: Step, clip_norm: float | None) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from slidetune.runtime.clipping import add_squares
+from slidetune.runtime.rounding import round_in_place
 from slidetune.runtime.saved import Inner
 from slidetune.runtime.steps import Step
 from slidetune.runtime.walk import Operation, Walk, as_hidden
@@ -95,10 +96,15 @@ def backward(walk: Walk, index: int, task: Task) -> Operation:
         if m == 0:
             pointed.finish_collecting()
         upward.copy_(x.grad)
+        if not last or gradient is None:
+            return
+        whole = gradient
         if keeps is not None:
-            keeps.copy_(gradient)
-            if walk.plan.clip_norm is not None:
-                add_squares(step.squares[1], keeps)
+            whole = keeps.copy_(gradient)
+        elif accumulates and not place.resident:
+            whole = round_in_place(gradient)
+        if walk.plan.clip_norm is not None:
+            add_squares(step.squares, whole)
 
     return run
 
@@ -121,6 +127,10 @@ def head(walk: Walk, index: int, task: Task) -> Operation:
         step.losses[m].copy_(loss, non_blocking=True)
         if m == 0:
             pointed.finish_collecting()
+        if last and gradient is not None:
+            rounded = round_in_place(gradient)
+            if walk.plan.clip_norm is not None:
+                add_squares(step.squares, rounded)
         if last and walk.device.type == "cuda":
             step.loss_event = torch.cuda.Event(blocking=True)
             step.loss_event.record()

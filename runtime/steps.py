@@ -58,8 +58,7 @@ class Step:
     refused: bool = False
     """The loss was not finite: no update is made of it."""
     squares: Tensor | None = None
-    """fp64 [2] on the device: sums of the squares of the gradients that come down, and of those that stay. One
-    each, since two streams add to them."""
+    """fp64 scalar on the device: the sum of the squares of the gradients made there."""
     host_squares: float = 0.0
     """The part of it that is summed on the host."""
     scale: float | None = None

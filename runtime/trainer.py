@@ -287,7 +287,7 @@ class SlidingTrainer:
             accepts_non_finite=self._accept_non_finite,
             **known,
         )
-        step.squares = torch.zeros(2, dtype=torch.float64, device=self.device)
+        step.squares = torch.zeros((), dtype=torch.float64, device=self.device)
         if self._recorded.maxlen and known:
             if not self._recorded:
                 self._lanes.set_clock()

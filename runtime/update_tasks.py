@@ -9,9 +9,10 @@ from torch import Tensor
 
 from slidetune import buffers
 from slidetune.runtime.adam import AdamW, adam_rows, adam_step
-from slidetune.runtime.clipping import add_squares, gradient_scale
+from slidetune.runtime.clipping import gradient_scale
 from slidetune.runtime.masters import State
 from slidetune.runtime.resident import update_resident
+from slidetune.runtime.rounding import as_rounded
 from slidetune.runtime.rows import Update as RowUpdate
 from slidetune.runtime.steps import Step
 from slidetune.runtime.walk import EMBEDDING, Operation, Walk
@@ -22,7 +23,7 @@ def store(walk: Walk, index: int, task: Task) -> Operation:
     """A chunk of a unit's gradient comes down."""
     unit, chunk = task.unit, task.chunk
     start = chunk * buffers.chunk_params(walk.plan)
-    source = walk.gradient[unit][start : start + buffers.chunk_params(walk.plan)]
+    source = as_rounded(walk.gradient[unit])[start : start + buffers.chunk_params(walk.plan)]
     count = source.numel()
     ring = walk.slot(index, "gradient ring")
     if ring is not None:
@@ -30,21 +31,12 @@ def store(walk: Walk, index: int, task: Task) -> Operation:
         targets = [ring[:count]]
     else:
         targets = _waiting_parts(walk, unit, start, count)
-    rounded = None
-    if source.dtype != torch.bfloat16:
-        rounded = walk.pools.slot("rounded gradient", chunk % 2)[:count]
 
     def run(step: Step) -> None:
-        values = source
-        if rounded is not None:
-            rounded.copy_(source)
-            values = rounded
         at = 0
         for target in targets:
-            target.copy_(values[at : at + target.numel()], non_blocking=True)
+            target.copy_(source[at : at + target.numel()], non_blocking=True)
             at += target.numel()
-        if walk.plan.clip_norm is not None:
-            add_squares(step.squares[0], values)
 
     return run
 

@@ -56,7 +56,6 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("head weights", 1, BF16_BYTES * model.head.weight_elements),
         # The chunked loss adds the head's gradient up over token chunks: always fp32.
         ("head gradient", 1, FP32_BYTES * model.head_gradient_elements),
-        ("rounded gradient", 2, BF16_BYTES * chunk),
         ("hidden states", micro_batches + LOAD_SLOTS, hidden),
         ("saved inputs", plan.activations.gpu * micro_batches, hidden),
         ("kept activations", plan.recompute.keep * micro_batches, inner),

@@ -28,6 +28,8 @@ from slidetune.schedule import (
 ADAM_BYTES_PER_PARAM = 26.0
 # A gradient added to the fp32 accumulator: read 2 + 4, written 4.
 ACCUMULATE_BYTES_PER_PARAM = 10.0
+# The sum rounded for its way down: read 4, written 2. Once a step.
+ROUND_BYTES_PER_PARAM = 6.0
 # Kernels a backward pass launches for each of the forward pass (H200 probe: 3.1 ms against 1.3 ms where
 # launching is the limit).
 BACKWARD_LAUNCHES = 2.4
@@ -84,6 +86,7 @@ class _Step:
         sliding = [i for i, p in enumerate(self.placements) if p.weights != "gpu"]
         self.turnaround = set(sliding[-plan.window :])
         self.deferred = plan.update == "forward"
+        self.accumulating_bytes = ACCUMULATE_BYTES_PER_PARAM + ROUND_BYTES_PER_PARAM / plan.accumulation
         # Rows of the embedding a step reads. The others have no gradient from their use as input, so their
         # update need not wait for the end of the backward pass.
         self.trains_rows = model.embedding.params > 0
@@ -203,7 +206,7 @@ class _Step:
             flops=3.0 * flops,
             # Logits written, read, upcast, differentiated and read twice: about 24 bytes each.
             traffic_bytes=24.0 * tokens * model.vocab_size
-            + chunks * 12.0 * head.weight_elements
+            + (chunks * 12.0 + ROUND_BYTES_PER_PARAM / plan.accumulation) * head.weight_elements
             + 3.0 * head.kernels(self.kernels).traffic_bytes * tokens,
             launches=chunks * 3 * head.kernels(self.kernels).launches,
             working_bytes=buffers.head_working_bytes(model, plan, self.kernels),
@@ -242,7 +245,7 @@ class _Step:
             GPU,
             flops=unit.backward_flops(plan.micro_batch, plan.seq_len),
             traffic_bytes=2.0 * self._traffic(unit)
-            + (ACCUMULATE_BYTES_PER_PARAM * unit.params if plan.accumulation > 1 else 0.0),
+            + (self.accumulating_bytes * unit.params if plan.accumulation > 1 else 0.0),
             launches=round(BACKWARD_LAUNCHES * costs.launches),
             working_bytes=buffers.backward_working_bytes(unit, plan, self.kernels, recomputed=recomputed),
         )
