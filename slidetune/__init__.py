@@ -21,6 +21,7 @@ _HOME = {
     "simulate_policy": "slidetune.api",
     "fit": "slidetune.api",
     "validate": "slidetune.validating",
+    "validate_grid": "slidetune.grid",
     "validate_recorded": "slidetune.validating",
     "report": "slidetune.reporting",
     "machine": "slidetune.machines",

@@ -16,6 +16,7 @@ from slidetune.units import TB, format_count, format_seconds
 if TYPE_CHECKING:
     from slidetune.api import Planned, Priced
     from slidetune.traces.report import Knob, Study, Sweep, WhatIf
+    from slidetune.traces.validation import Validation
 
 _NESTED = {"activations": Activations, "recompute": Recompute}
 
@@ -40,6 +41,31 @@ def report(directory: str | Path, priced: Priced, *, assumptions: Sequence[str] 
         study=_study(planned) if planned else None,
         sweep=_sweep(planned) if planned else None,
         assumptions=assumptions,
+    )
+
+
+def validation_report(directory: str | Path, found: Validation) -> Path:
+    """The same for a plan that was run: what was measured stands beside what was predicted."""
+    from slidetune.traces.report import write_report
+
+    prediction, run = found.prediction, found.run
+    plan, step = run.plan, found.step
+    where = run.machine.get("gpu") or f"{run.machine['cpu']} as device"
+    return write_report(
+        directory,
+        prediction=prediction,
+        validation=found,
+        title=f"{plan.model} on {where}",
+        subtitle=f"Predicted, then run on {run.date}: {', '.join(f'{k} {v}' for k, v in run.versions.items())}",
+        facts=[
+            ("Predicted step", format_seconds(step.predicted)),
+            ("Measured step", format_seconds(step.measured)),
+            ("Error", f"{step.error:+.1%}"),
+            ("Measured throughput", f"{plan.tokens / step.measured:,.0f} tokens/s"),
+            ("Batch", f"{plan.batch} sequences of {plan.seq_len:,}"),
+            ("Limited by", prediction.limiter),
+        ],
+        knobs=_knobs(plan, {}),
     )
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slidetune import api, provenance
-from slidetune.builder import build
 from slidetune.hardware import HardwareProfile
 from slidetune.machines import adapted, capped, load_profile
 from slidetune.models import load_model
@@ -36,6 +35,7 @@ from slidetune.traces.recorded import (
     typical_step,
 )
 from slidetune.traces.validation import Summary, Validation, compare_run
+from slidetune.tuner.evaluate import Evaluator
 
 if TYPE_CHECKING:
     from slidetune.runtime.run import Measured
@@ -88,12 +88,13 @@ def validate(
 
 def validate_recorded(directory: str | Path) -> Summary:
     """Predict every run recorded in a folder again, from its plan and its machine's profile alone, and compare."""
-    found = []
-    for path in recorded_runs(directory):
-        run = load_run(path)
-        profile = load_profile(path.parent / run.profile)
-        found.append(compare_with(predict_again(run, profile), run))
-    return Summary(found)
+    return Summary([validate_run_file(path) for path in recorded_runs(directory)])
+
+
+def validate_run_file(path: str | Path) -> Validation:
+    """The same for one run's file."""
+    run = load_run(path)
+    return compare_with(predict_again(run, load_profile(Path(path).parent / run.profile)), run)
 
 
 def predict_again(run: RecordedRun, profile: HardwareProfile) -> Prediction:
@@ -102,7 +103,8 @@ def predict_again(run: RecordedRun, profile: HardwareProfile) -> Prediction:
     here = adapted(profile, kernels=run.kernels)
     if plan.gpu_memory_gib is not None and plan.gpu_memory_gib < here.gpu.memory_gib.value:
         here = dataclasses.replace(here, gpu=capped(here.gpu, plan.gpu_memory_gib))
-    return predict(build(load_model(plan.model), plan, run.kernels), here)
+    evaluator = Evaluator(load_model(plan.model), here)
+    return predict(evaluator.schedule(plan), here, evaluator.prices)
 
 
 def compare_with(prediction: Prediction, run: RecordedRun) -> Validation:

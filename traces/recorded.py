@@ -106,9 +106,11 @@ def save_run(path: str | Path, run: RecordedRun, profile: HardwareProfile, profi
     path = Path(path)
     run = dataclasses.replace(run, profile=_save_profile(path.parent, profile, profile_name))
     text = json.dumps(files.dump(run), separators=(",", ":"), allow_nan=False)
+    unfinished = path.with_name(f"{path.name}.part")
     try:
-        # No time stamp in the archive: the same run gives the same file.
-        path.write_bytes(gzip.compress(text.encode(), mtime=0))
+        # No time stamp in the archive: the same run gives the same file. And never half a file.
+        unfinished.write_bytes(gzip.compress(text.encode(), mtime=0))
+        unfinished.replace(path)
     except OSError as error:
         raise BadFile(f"{path}: {error.strerror}.") from None
     return run

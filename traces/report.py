@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from slidetune.traces import page, plots
 from slidetune.traces.labels import TIER_LABELS, head_unit, in_words, lane_label, percent
+from slidetune.traces.measured_tables import measured_tables
 from slidetune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from slidetune.traces.validation import Validation
 
 _OWNERS_NAMED = 4
 # Kinds of figures, the best known first.
@@ -83,12 +86,14 @@ def write_report(
     whatif: Iterable[WhatIf] = (),
     study: Study | None = None,
     sweep: Sweep | None = None,
+    validation: Validation | None = None,
     assumptions: Iterable[str] = (),
 ) -> Path:
     """Write the pictures as PNG files and index.html, which holds them too; returns the page's path.
 
-    `facts` are the page's headline numbers, label and value. `assumptions` are sentences on what was taken
-    for granted; the machine's figures and their sources come from the prediction's profile.
+    With a `validation` of the prediction, what was measured comes first. `facts` are the page's headline numbers,
+    label and value. `assumptions` are sentences on what was taken for granted; the machine's figures and their
+    sources come from the prediction's profile.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -98,6 +103,12 @@ def write_report(
         (directory / f"{name}.png").write_bytes(png)
         return page.picture(png, alt)
 
+    measured = []
+    if validation is not None:
+        if validation.rows:
+            figure = plots.side_by_side(validation)
+            measured.append(draw("validation", figure, "The predicted step above the measured one"))
+        measured += measured_tables(validation)
     timeline = draw("timeline", plots.timeline(prediction), "Timeline of a steady step, lane by lane")
     lanes = draw("lanes", plots.lane_shares(prediction), "Shares of the step each lane works and waits")
     memory = draw("memory", plots.memory(prediction), "Memory of each tier over the step")
@@ -113,7 +124,8 @@ def write_report(
             search.append(draw("knobs", figure, "Importance of each knob"))
     content = [
         page.cards(facts),
-        page.section("One step", timeline, intro=_step_intro(prediction)),
+        page.section("Predicted and measured", *measured, intro=_VALIDATION_INTRO),
+        page.section("One step as predicted" if measured else "One step", timeline, intro=_step_intro(prediction)),
         page.section("What limits it", lanes, _limits(prediction), intro=_limit_intro(prediction)),
         page.section("Memory", _memory_table(prediction), memory, intro=_MEMORY_INTRO),
         page.section("Throughput and batch", throughput, intro=_SWEEP_INTRO),
@@ -123,12 +135,17 @@ def write_report(
         page.section("Assumptions and sources", _assumptions(assumptions), _sources(prediction.profile)),
     ]
     path = directory / "index.html"
-    footer = "A prediction by slidetune. Times are of a step in steady state."
+    what = "A prediction by slidetune, and what was measured" if measured else "A prediction by slidetune"
+    footer = f"{what}. Times are of a step in steady state."
     text = page.page(title, subtitle, content, footer)
     path.write_text(text, encoding="utf-8")
     return path
 
 
+_VALIDATION_INTRO = (
+    "The prediction was made before the run, from the machine's profile and the plan alone. An error is predicted / "
+    "measured - 1: below zero, the prediction was too short or too small."
+)
 _MEMORY_INTRO = (
     "Pools are allocated once, to the byte, for the whole run, so the peak is known before anything runs. "
     "The colours show which part of each is in use; a tier must hold what is allocated."

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 _THIN = 1 / 450
 _HEIGHT = 0.8
 
+NEIGHBOUR = "Lighter: work of the neighbouring step."
+BINNED = " Where tasks are thinner than a line, the height of a colour is its share of the time."
+
 # What to draw a span as: its kind, and whether it belongs to a neighbouring step.
 Key = tuple[str, bool]
 Spans = dict[Key, list[tuple[float, float]]]
@@ -35,18 +39,34 @@ Spans = dict[Key, list[tuple[float, float]]]
 
 def timeline(prediction: Any) -> Figure:
     """The steady step of a prediction (or of anything with a trace, step_s and a schedule); seconds."""
-    lanes: dict[str, list[TraceRow]] = defaultdict(list)
-    for row in prediction.trace:
-        lanes[row.lane].append(row)
-    order = [lane for lane in prediction.schedule.lanes if lane in lanes]
-    step_s = prediction.step_s
+    rows, step_s = prediction.trace, prediction.step_s
+    order = lanes_in(rows, prediction.schedule.lanes)
     figure = style.new_figure(1.25 + 0.55 * len(order))
     ax = figure.add_subplot()
+    binned = draw_step(ax, rows, order, step_s)
+    ax.set_xlim(0, step_s)
+    ax.set_xlabel("seconds since the GPU finished the step before", fontsize=style.TEXT, color=style.INK)
+    style.title(ax, f"One steady step: {format_seconds(step_s)}", NEIGHBOUR + (BINNED if binned else ""))
+    legend(figure, {style.kind_of(row.op) for row in rows})
+    return figure
+
+
+def lanes_in(rows: Sequence[TraceRow], lanes: Sequence[str]) -> list[str]:
+    """Of these lanes, those with tasks among the rows."""
+    used = {row.lane for row in rows}
+    return [lane for lane in lanes if lane in used]
+
+
+def draw_step(ax: Axes, rows: Sequence[TraceRow], order: Sequence[str], step_s: float) -> bool:
+    """Draw one step's tasks, a row a lane in this order from the top; whether any lane was cut into slices."""
+    lanes: dict[str, list[TraceRow]] = defaultdict(list)
+    for row in rows:
+        lanes[row.lane].append(row)
     binned = False
     for place, lane in enumerate(order):
         spans = wrap(lanes[lane], step_s)
         bottom = len(order) - 1 - place - _HEIGHT / 2
-        ax.axhspan(bottom, bottom + _HEIGHT, color=style.PALE, linewidth=0, zorder=0)
+        ax.barh(bottom + _HEIGHT / 2, step_s, _HEIGHT, color=style.PALE, linewidth=0, zorder=0)
         if _median([row.end_s - row.start_s for row in lanes[lane]]) < _THIN * step_s:
             binned = True
             _draw_shares(ax, spans, step_s, bottom, bins=_bins(lanes[lane], step_s))
@@ -68,15 +88,8 @@ def timeline(prediction: Any) -> Figure:
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
     ax.set_yticks(range(len(order)), [lane_label(lane) for lane in reversed(order)])
-    ax.set_xlim(0, step_s)
     ax.set_ylim(-0.55, len(order) - 0.45)
-    ax.set_xlabel("seconds since the GPU finished the step before", fontsize=style.TEXT, color=style.INK)
-    note = "Lighter: work of the neighbouring step."
-    if binned:
-        note += " Where tasks are thinner than a line, the height of a colour is its share of the time."
-    style.title(ax, f"One steady step: {format_seconds(step_s)}", note)
-    _legend(figure, {style.kind_of(row.op) for row in prediction.trace})
-    return figure
+    return binned
 
 
 def wrap(rows: list[TraceRow], step_s: float) -> Spans:
@@ -148,7 +161,8 @@ def _boxes(ax: Axes, boxes: list[tuple[float, float, float, float]], key: Key, e
     )
 
 
-def _legend(figure: Figure, kinds: set[str]) -> None:
+def legend(figure: Figure, kinds: set[str]) -> None:
+    """What each colour is, below the picture."""
     from matplotlib.patches import Patch
 
     handles = [Patch(color=colour, label=kind) for kind, colour in style.COLOURS.items() if kind in kinds]

@@ -10,14 +10,12 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from slidetune import files, process_memory
+from slidetune import files
+from slidetune.process_memory import PROCESS_BYTES
 from slidetune.trace import TraceRow, to_frame
 from slidetune.traces.recorded import RecordedRun
-
-if TYPE_CHECKING:
-    from slidetune.schedule import Schedule
 
 MEMORY = ("gpu", "page_locked", "ram", "nvme_written")
 """What of memory is compared: peaks in bytes, and the bytes written to the drive a step."""
@@ -158,7 +156,7 @@ def compare_run(prediction: Any, run: RecordedRun, rows: Sequence[TraceRow], not
         step=Beside(prediction.step_s, measured.median_step_s),
         lanes=_lanes(prediction.trace, rows) if rows else {},
         kinds=kinds,
-        memory=_memory(prediction.schedule, run),
+        memory=_memory(prediction, run),
         notes=tuple(notes),
     )
 
@@ -202,15 +200,18 @@ def _kinds(predicted: Sequence[TraceRow], measured: Sequence[TraceRow]) -> list[
     ]
 
 
-def _memory(schedule: Schedule, run: RecordedRun) -> dict[str, Beside]:
-    peaks = run.measured.peak_bytes
+def _memory(prediction: Any, run: RecordedRun) -> dict[str, Beside]:
+    schedule, tiers = prediction.schedule, prediction.memory
+    on_gpu = tiers["gpu"].peak_bytes
+    # On the CPU the device's memory is RAM too.
+    in_ram = tiers["ram"].peak_bytes + (on_gpu if run.device == "cpu" else 0)
     predicted = {
-        "gpu": schedule.peak_bytes("gpu"),
-        "page_locked": process_memory.page_locked_bytes(schedule),
-        "ram": process_memory.ram_peak_bytes(schedule, run.device),
-        "nvme_written": int(schedule.total("bytes", "nvme_write")),
+        "gpu": on_gpu,
+        "page_locked": sum(pool.bytes for pool in schedule.pools_of("ram") if pool.page_locked),
+        "ram": in_ram + PROCESS_BYTES,
+        "nvme_written": prediction.nvme_written_bytes,
     }
-    measured = {**peaks, "nvme_written": run.measured.nvme_written_bytes}
+    measured = {**run.measured.peak_bytes, "nvme_written": run.measured.nvme_written_bytes}
     return {name: Beside(predicted[name], measured.get(name)) for name in MEMORY}
 
 

@@ -9,11 +9,11 @@ import typer
 
 from slidetune.cli import console
 from slidetune.cli.options import Json
-from slidetune.cli.validation_pages import summary_page, validation_page
+from slidetune.cli.validation_pages import grid_page, summary_page, validation_page
 from slidetune.errors import BadFile, SlidetuneError
 from slidetune.traces.validation import Summary, Validation
 
-BEYOND_LIMITS = 1
+BEYOND_LIMITS = CASES_FAILED = 1
 SYNTHETIC = "synthetic"
 _HERE = Path("profile.yaml")
 
@@ -81,6 +81,8 @@ def validate(
     _only_with("--grid", grid, {"--budget-s": budget_s})
     if recorded is not None:
         _recorded(recorded, max_median, max_p95, json)
+    elif grid is not None:
+        _grid(grid, _profile(profile), record, steps, device, nvme_dir, seed, budget_s, json)
     else:
         _one(plan, _profile(profile), kernels, model, data, steps, device, nvme_dir, seed, record, output, json)
 
@@ -134,6 +136,46 @@ def _one(
     for written in (record, page):
         if written is not None:
             console.out.print(f"Written: {written}", style="dim")
+
+
+def _grid(
+    path: Path,
+    profile: str,
+    record: Path | None,
+    steps: int,
+    device: str | None,
+    nvme_dir: Path | None,
+    seed: int,
+    budget_s: float | None,
+    json: bool,
+) -> None:
+    from slidetune.cli.run import torch_is_there
+    from slidetune.grid import validate_grid
+
+    if record is None:
+        raise SlidetuneError("where the runs are to be recorded was not said.", "Give --record DIR.")
+    torch_is_there()
+    with console.progress("validating") as advance:
+        result = validate_grid(
+            path,
+            profile,
+            record,
+            steps=steps,
+            device=device,
+            nvme_dir=nvme_dir,
+            seed=seed,
+            budget_s=budget_s,
+            progress=advance,
+            note=lambda line: console.err.print(line, soft_wrap=True, markup=False),
+        )
+    summary = Summary(result.runs)
+    if json:
+        failed = [{"name": failure.name, "error": failure.error} for failure in result.failures]
+        console.print_json(summary.as_dict() | {"failures": failed, "not_started": list(result.not_started)})
+    else:
+        console.out.print(grid_page(summary, result.failures, result.not_started))
+    if result.failures:
+        raise typer.Exit(CASES_FAILED)
 
 
 def _recorded(directory: Path, max_median: float | None, max_p95: float | None, json: bool) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,6 +13,9 @@ from slidetune.simulator.bounds import LANE_NAMES
 from slidetune.traces.labels import MEMORY_LABELS
 from slidetune.traces.validation import Beside, Spread, Summary, Validation
 from slidetune.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from slidetune.grid import Failure
 
 # Kinds of tasks below this share of the step are summed up in one line.
 _TELLING = 0.005
@@ -34,6 +38,15 @@ def summary_page(summary: Summary) -> RenderableType:
     parts: list[RenderableType] = [_runs(summary.runs), Text(), _spreads(summary)]
     noted = [(run.run.name, note) for run in summary.runs for note in run.notes]
     parts += [Text(f"{name}: {note}", style="yellow") for name, note in noted]
+    return Group(*parts)
+
+
+def grid_page(summary: Summary, failures: Iterable[Failure], not_started: Sequence[str]) -> RenderableType:
+    """The runs of a grid, and what became of the other cases."""
+    parts: list[RenderableType] = [summary_page(summary)] if summary.runs else []
+    parts += [Text(f"Failed: {failure.name}: {failure.error}", style="red") for failure in failures]
+    if not_started:
+        parts.append(Text(f"Not started, for want of time: {', '.join(not_started)}", style="yellow"))
     return Group(*parts)
 
 
@@ -142,7 +155,7 @@ def _table(*columns: str) -> Table:
     """The first column is words, the others figures."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place else "left", no_wrap=bool(place))
+        table.add_column(name, justify="right" if place else "left", no_wrap=bool(place), overflow="fold")
     return table
 
 
