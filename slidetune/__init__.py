@@ -24,6 +24,7 @@ _HOME = {
     "validate_grid": "slidetune.grid",
     "validate_recorded": "slidetune.validating",
     "report": "slidetune.reporting",
+    "validation_report": "slidetune.reporting",
     "machine": "slidetune.machines",
     "load_profile": "slidetune.machines",
     "load_model": "slidetune.models",

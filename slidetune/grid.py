@@ -158,6 +158,7 @@ def validate_grid(
         note(f"{failure.name}: can't be planned. {failure.error}")
     waiting = [one for one in foreseen if not _is_recorded(how.record(one.case), one)]
     _write_predictions(how.directory, foreseen, {one.case.name for one in waiting})
+    _write_failures(how.directory, failures)
     not_started = []
     for done, one in enumerate(waiting):
         progress(done, len(waiting), f"running {one.case.name}")
@@ -165,10 +166,10 @@ def validate_grid(
             not_started.append(one.case.name)
         elif failed := _run(one.plan, one.kernels, how.record(one.case), how):
             failures.append(Failure(one.case.name, failed))
+            _write_failures(how.directory, failures)
             note(f"{one.case.name}: failed. {failed}")
         else:
             note(_outcome(validate_run_file(how.record(one.case))))
-        _write(how.directory / FAILURES, [dataclasses.asdict(failure) for failure in failures])
     left_out = {failure.name for failure in failures} | set(not_started)
     runs = [validate_run_file(how.record(case)) for case in cases if case.name not in left_out]
     return GridResult(runs=runs, failures=failures, not_started=not_started)
@@ -330,6 +331,10 @@ def _write_predictions(directory: Path, foreseen: Sequence[Foreseen], waiting: s
     before = {one["name"]: one for one in json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
     now = {one.case.name: one.as_dict() for one in foreseen if one.case.name in waiting or one.case.name not in before}
     _write(path, list((before | now).values()))
+
+
+def _write_failures(directory: Path, failures: Sequence[Failure]) -> None:
+    _write(directory / FAILURES, [dataclasses.asdict(failure) for failure in failures])
 
 
 def _write(path: Path, value: object) -> None:

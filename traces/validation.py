@@ -154,7 +154,7 @@ def compare_run(prediction: Any, run: RecordedRun, rows: Sequence[TraceRow], not
         run=run,
         rows=rows,
         step=Beside(prediction.step_s, measured.median_step_s),
-        lanes=_lanes(prediction.trace, rows) if rows else {},
+        lanes=_lanes(prediction, rows) if rows else {},
         kinds=kinds,
         memory=_memory(prediction, run),
         notes=tuple(notes),
@@ -179,9 +179,9 @@ def busy_s(rows: Iterable[TraceRow]) -> dict[str, float]:
     return busy
 
 
-def _lanes(predicted: Sequence[TraceRow], measured: Sequence[TraceRow]) -> dict[str, Beside]:
-    foreseen, found = busy_s(predicted), busy_s(measured)
-    return {lane: Beside(seconds, found.get(lane, 0.0)) for lane, seconds in foreseen.items()}
+def _lanes(prediction: Any, rows: Sequence[TraceRow]) -> dict[str, Beside]:
+    foreseen, found = busy_s(prediction.trace), busy_s(rows)
+    return {lane: Beside(foreseen[lane], found[lane]) for lane in prediction.schedule.lanes if lane in foreseen}
 
 
 def _kinds(predicted: Sequence[TraceRow], measured: Sequence[TraceRow]) -> list[Kind]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,14 +106,12 @@ def run(
 
 
 def torch_is_there() -> None:
-    """Raise SlidetuneError where the runtime's libraries are not installed."""
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise SlidetuneError(
-            f"running a plan needs {error.name}, which is not installed.", 'pip install "slidetune[runtime]"'
-        ) from None
+    """Raise SlidetuneError where the runtime's libraries are not installed. Loads nothing."""
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise SlidetuneError(
+                f"running a plan needs {name}, which is not installed.", 'pip install "slidetune[runtime]"'
+            )
 
 
 def predicted_tokens_per_s(schedule: Schedule, profile: str | None) -> float | None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from slidetune import grid as grids
+from slidetune import validating
 from slidetune.cli import console
 from slidetune.cli.options import Json
+from slidetune.cli.results import check_writable
+from slidetune.cli.run import SYNTHETIC, batches_of, torch_is_there
 from slidetune.cli.validation_pages import grid_page, summary_page, validation_page
 from slidetune.errors import BadFile, SlidetuneError
+from slidetune.machines import adapted, load_profile
+from slidetune.plan_file import read_plan
+from slidetune.reporting import validation_report
+from slidetune.traces.recorded import SUFFIX, run_name, save_run
 from slidetune.traces.validation import Summary, Validation
 
 BEYOND_LIMITS = CASES_FAILED = 1
-SYNTHETIC = "synthetic"
 _HERE = Path("profile.yaml")
 
 
@@ -79,12 +86,14 @@ def validate(
     _one_of(plan, grid, recorded)
     _only_with("--recorded", recorded, {"--max-median": max_median, "--max-p95": max_p95})
     _only_with("--grid", grid, {"--budget-s": budget_s})
+    _only_with("PLAN", plan, {"--output": output, "--model": model, "--kernels": kernels})
+    how: dict[str, Any] = {"steps": steps, "device": device, "nvme_dir": nvme_dir, "seed": seed}
     if recorded is not None:
         _recorded(recorded, max_median, max_p95, json)
     elif grid is not None:
-        _grid(grid, _profile(profile), record, steps, device, nvme_dir, seed, budget_s, json)
+        _grid(grid, _profile(profile), record, budget_s, how, json)
     else:
-        _one(plan, _profile(profile), kernels, model, data, steps, device, nvme_dir, seed, record, output, json)
+        _one(plan, _profile(profile), kernels, model, data, record, output, how, json)
 
 
 def _one(
@@ -93,38 +102,25 @@ def _one(
     kernels: str | None,
     model: str | None,
     data: str,
-    steps: int,
-    device: str | None,
-    nvme_dir: Path | None,
-    seed: int,
     record: Path | None,
     output: Path | None,
+    how: dict[str, Any],
     json: bool,
 ) -> None:
-    from slidetune.cli.results import check_writable
-    from slidetune.cli.run import batches_of, torch_is_there
-    from slidetune.machines import adapted, load_profile
-    from slidetune.plan_file import read_plan
-    from slidetune.traces.recorded import SUFFIX, run_name, save_run
-    from slidetune.validating import validate as measure
-
     chosen, machine = read_plan(path), load_profile(profile_ref)
     if record is not None and not record.name.endswith(SUFFIX):
         raise SlidetuneError(f"--record {record}: a recorded run is a file NAME{SUFFIX}.")
     check_writable(record)
     torch_is_there()
     with console.progress("validating") as advance:
-        found = measure(
+        found = validating.validate(
             path,
             adapted(machine, kernels=kernels),
             model=model,
-            batches=lambda vocabulary: batches_of(data, model or chosen.model, chosen, vocabulary, seed),
-            device=device,
-            nvme_dir=nvme_dir,
-            seed=seed,
-            steps=steps,
+            batches=lambda vocabulary: batches_of(data, model or chosen.model, chosen, vocabulary, how["seed"]),
             name=run_name(record) if record else "",
             progress=advance,
+            **how,
         )
     if record is not None:
         save_run(record, found.run, machine, Path(profile_ref).stem)
@@ -139,34 +135,20 @@ def _one(
 
 
 def _grid(
-    path: Path,
-    profile: str,
-    record: Path | None,
-    steps: int,
-    device: str | None,
-    nvme_dir: Path | None,
-    seed: int,
-    budget_s: float | None,
-    json: bool,
+    path: Path, profile: str, record: Path | None, budget_s: float | None, how: dict[str, Any], json: bool
 ) -> None:
-    from slidetune.cli.run import torch_is_there
-    from slidetune.grid import validate_grid
-
     if record is None:
         raise SlidetuneError("where the runs are to be recorded was not said.", "Give --record DIR.")
     torch_is_there()
     with console.progress("validating") as advance:
-        result = validate_grid(
+        result = grids.validate_grid(
             path,
             profile,
             record,
-            steps=steps,
-            device=device,
-            nvme_dir=nvme_dir,
-            seed=seed,
             budget_s=budget_s,
             progress=advance,
             note=lambda line: console.err.print(line, soft_wrap=True, markup=False),
+            **how,
         )
     summary = Summary(result.runs)
     if json:
@@ -179,9 +161,7 @@ def _grid(
 
 
 def _recorded(directory: Path, max_median: float | None, max_p95: float | None, json: bool) -> None:
-    from slidetune.validating import validate_recorded
-
-    summary = validate_recorded(directory)
+    summary = validating.validate_recorded(directory)
     if json:
         console.print_json(summary.as_dict())
     else:
@@ -204,8 +184,6 @@ def _keep_limits(summary: Summary, max_median: float | None, max_p95: float | No
 
 
 def _write_report(directory: Path, found: Validation) -> Path:
-    from slidetune.reporting import validation_report
-
     try:
         return validation_report(directory, found)
     except OSError as error:

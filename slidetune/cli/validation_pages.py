@@ -121,7 +121,7 @@ def _memory(found: Validation) -> RenderableType:
 
 
 def _runs(runs: Iterable[Validation]) -> RenderableType:
-    table = _table("Run", "predicted", "measured", "step", "GPU", "RAM", "worst lane")
+    table = _table("Run", "predicted", "measured", "step", "GPU memory", "RAM", "worst lane")
     for found in runs:
         lanes = {lane: b.error for lane, b in found.lanes.items() if b.error is not None}
         worst = max(lanes, key=lambda lane: abs(lanes[lane]), default=None)
