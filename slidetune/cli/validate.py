@@ -40,12 +40,12 @@ def validate(
     profile: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="This machine's profile.  [default: profile.yaml, if it is here]", show_default=False
+            metavar="FILE", help="This machine's profile; by default profile.yaml, if it is here.", show_default=False
         ),
     ] = None,
     kernels: Annotated[
         str | None,
-        typer.Option(help="eager (transformers' own) or liger.  [default: the profile's]", show_default=False),
+        typer.Option(help="eager (transformers' own) or liger; by default the profile's.", show_default=False),
     ] = None,
     model: Annotated[
         str | None,
@@ -58,7 +58,7 @@ def validate(
     ] = SYNTHETIC,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are measured, after a warm-up of two.")] = 6,
     device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: the first GPU, else cpu]", show_default=False)
+        str | None, typer.Option(help="cuda, cuda:1, cpu; by default the first GPU, else cpu.", show_default=False)
     ] = None,
     nvme_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the NVMe tier's file goes, if the plan has one.")
