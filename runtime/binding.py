@@ -204,10 +204,14 @@ class Parts:
 
         return run
 
-    def head(self) -> Callable[[Tensor], Tensor]:
-        """A function: the last layer's output [1, tokens, hidden] -> logits [1, tokens, vocabulary]."""
+    def head(self, linear: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
+        """A function: the last layer's output [1, tokens, hidden] -> logits [1, tokens, vocabulary]; with `linear` in
+        the place of the head's own module, if given."""
         given = _Given()
-        model = clone_module(self.model, **{self.model.base_model_prefix: given})
+        places = {self.model.base_model_prefix: given}
+        if linear is not None:
+            places |= {name: linear for name, child in self.model.named_children() if child is self.head_module}
+        model = clone_module(self.model, **places)
         tail = [getattr(self.base, name) for name in self.tail]
 
         def run(hidden: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from slidetune.runtime.binding import Call
 from slidetune.runtime.clipping import add_squares
+from slidetune.runtime.head_loss import chunked_loss
 from slidetune.runtime.rounding import round_in_place
 from slidetune.runtime.saved import Inner
 from slidetune.runtime.steps import Step
@@ -49,9 +51,14 @@ def forward(walk: Walk, index: int, task: Task) -> Operation:
 
 
 def _layer(walk: Walk, step: Step, i: int, m: int, x: Tensor) -> Tensor:
-    args, kwargs = step.micro_batches[m].calls[i]
     with walk.randomly(step, i + 1, m):
-        out = walk.machine.parts.layers[i](x, *args, **kwargs)
+        return layer_output(walk.machine.parts.layers[i], x, step.micro_batches[m].calls[i])
+
+
+def layer_output(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
+    """What a layer makes of its input, called as transformers calls it."""
+    args, kwargs = call
+    out = layer(x, *args, **kwargs)
     return out if isinstance(out, Tensor) else out[0]
 
 
@@ -141,16 +148,11 @@ def head(walk: Walk, index: int, task: Task) -> Operation:
 def _loss(walk: Walk, step: Step, m: int, hidden: Tensor) -> Tensor:
     """Forward and backward of norm, head and loss, some tokens at a time; the gradient takes the place of the
     hidden states."""
-    batch, parts = step.micro_batches[m], walk.machine.parts
+    batch = step.micro_batches[m]
     rows = as_hidden(hidden, batch.shape, walk.spec.hidden_size).view(-1, walk.spec.hidden_size)
-    total = torch.zeros((), dtype=torch.float32, device=walk.device)
-    size = walk.machine.loss_chunk
-    for start in range(0, rows.shape[0], size):
-        part = rows[start : start + size]
-        with torch.enable_grad(), walk.randomly(step, walk.spec.head.index, m):
-            x = part.data.requires_grad_()
-            loss = parts.loss(walk.head_logits(x.unsqueeze(0)), batch.labels[start : start + size], step.items)
-            loss.backward()
-        total += loss.detach()
-        part.copy_(x.grad)
-    return total
+
+    def run(x: Tensor, labels: Tensor, items: int) -> Tensor:
+        with walk.randomly(step, walk.spec.head.index, m):
+            return walk.head_loss(x, labels, items)
+
+    return chunked_loss(run, rows, batch.labels, step.items, walk.machine.loss_chunk)

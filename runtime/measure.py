@@ -10,11 +10,12 @@ what they are assumed to be elsewhere, and say so.
 from __future__ import annotations
 
 import datetime
+import itertools
 import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,12 @@ def measure_machine(
     name = platform.node() or "this machine"
     nvme = None if nvme_folder is None else bench.nvme(nvme_folder)
     return HardwareProfile(name=name, gpu=bench.gpu(), link=link, host=host, nvme=nvme)
+
+
+def _in_turn(action: Callable[[int], None], arguments: Sequence[int]) -> Callable[[], None]:
+    """An action on one argument after the other, from the start again after the last."""
+    endless = itertools.cycle(arguments)
+    return lambda: action(next(endless))
 
 
 @dataclass(slots=True)
@@ -224,18 +231,26 @@ class _Bench:
     def nvme(self, folder: str | Path) -> Nvme:
         size = self.effort.nvme_bytes
         piece = min(size, 64 * MIB)
-        with NvmeFile(folder, size) as file, Arena(piece, name="NVMe measurement") as arena:
-            buffer = arena.tensor(0, piece, torch.uint8)
+        with NvmeFile(folder, size) as file, Arena(2 * piece, name="NVMe measurement") as arena:
+            buffers = [arena.tensor(at, piece, torch.uint8) for at in (0, piece)]
+            pieces = range(0, size - piece + 1, piece)
             rates = []
-            for move in (file.write, file.read):
+            for move, buffer in zip((file.write, file.read), buffers, strict=True):
                 began = time.perf_counter()
-                for at in range(0, size - piece + 1, piece):
+                for at in pieces:
                     move(at, buffer)
-                rates.append(size // piece * piece / (time.perf_counter() - began))
+                rates.append(len(pieces) * piece / (time.perf_counter() - began))
+            # As training does it: what is written was read a few pieces before.
+            both = self._side_by_side(
+                _in_turn(lambda at: file.write(at, buffers[0]), pieces),
+                _in_turn(lambda at: file.read(at, buffers[1]), [*pieces[len(pieces) // 2 :], *pieces]),
+            )
+            share = sum(count * piece / rate for count, rate in zip(both, rates, strict=True))
         return Nvme(
             size_gb=self._figure(psutil.disk_usage(str(folder)).free / GB, "space free in the folder"),
             write_gbs=self._figure(rates[0] / GB, f"O_DIRECT, {piece // MIB} MiB at a time"),
             read_gbs=self._figure(rates[1] / GB, f"O_DIRECT, {piece // MIB} MiB at a time"),
+            mixed_share=self._figure(share, "reads and writes at once, each as a share of its rate alone"),
         )
 
     # ---- timing -------------------------------------------------------------------------------------------

@@ -44,6 +44,14 @@ class Pointed:
         if fresh:
             self._arrived.clear()
 
+    def claim(self, module: nn.Module, name: str) -> tuple[Tensor | None, bool]:
+        """Where the gradient of a module's parameter is collected, None if it isn't trained, and whether what is put
+        there is the first; for whoever puts it there without autograd."""
+        number = next(i for i, (owner, own, _) in enumerate(self.targets) if owner is module and own == name)
+        fresh = number not in self._arrived
+        self._arrived.add(number)
+        return self._gradient[number], fresh
+
     def finish_collecting(self) -> None:
         """Set to zero the gradient of parameters that took no part."""
         for number, (_, _, entry) in enumerate(self.targets):

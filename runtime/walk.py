@@ -18,6 +18,7 @@ from slidetune.model import ModelSpec
 from slidetune.plans import Placement, Plan
 from slidetune.runtime.binding import Parts
 from slidetune.runtime.embedding import HostEmbedding
+from slidetune.runtime.head_loss import head_loss
 from slidetune.runtime.masters import Master
 from slidetune.runtime.pointing import Pointed
 from slidetune.runtime.pools import Pools
@@ -87,7 +88,7 @@ class Walk:
         self.embedding = HostEmbedding(
             machine.parts, machine.masters[EMBEDDING].high, self.spec.hidden_size, machine.randomness
         )
-        self.head_logits = machine.parts.head()
+        self.head_loss = head_loss(machine.parts, machine.pointed[self.spec.head.index], self.device)
 
     def slot(self, index: int, pool: str, dtype: torch.dtype = torch.bfloat16) -> Tensor | None:
         """The slot of a pool that a task takes, None if it takes none."""

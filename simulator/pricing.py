@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slidetune.gpu_time import gpu_seconds
 from slidetune.hardware import HardwareProfile
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, Work
+from slidetune.simulator.kernel_times import KernelTimes
 from slidetune.simulator.sharing import Demand, fair_speeds
 from slidetune.units import GB
 
-# Launching and computing overlap but for their ends: a smooth maximum of the two. With exponent 4 it stays
-# within 12 % of the H200 probe's layer timings at batch 1 to 32, a plain maximum within 19 %.
-_OVERLAP_EXPONENT = 4.0
 # A launching thread is short work at high priority: Adam's threads yield to it, not the reverse.
 _LAUNCH_PRIORITY = 20.0
 
@@ -27,24 +26,12 @@ class Price:
     demand: Demand
 
 
-def gpu_seconds(work: Work, profile: HardwareProfile) -> float:
-    """GPU time of a task: matrix FLOPs and memory-bound traffic one after the other, since neither hides the
-    other in a transformer layer; and launching, which hides behind them when they are long enough."""
-    gpu = profile.gpu
-    compute_s = work.flops / gpu.matmul_flops + work.traffic_bytes / gpu.memory_bytes_per_s
-    launch_s = work.launches * gpu.launch_us.value * 1e-6
-    largest = max(compute_s, launch_s)
-    if largest == 0.0:
-        return 0.0
-    shares = (compute_s / largest) ** _OVERLAP_EXPONENT + (launch_s / largest) ** _OVERLAP_EXPONENT
-    return largest * shares ** (1.0 / _OVERLAP_EXPONENT)
-
-
 class PriceList:
     """Prices of one machine, and the fair speeds of every mix of tasks met so far."""
 
     def __init__(self, profile: HardwareProfile) -> None:
         self.profile = profile
+        self._kernel_times = KernelTimes(profile.gpu.times, profile.gpu.kernels)
         self.demands: list[Demand] = []
         self._prices: dict[Work, Price] = {}
         self._index: dict[Demand, int] = {}
@@ -81,7 +68,8 @@ class PriceList:
 
     def _gpu(self, work: Work) -> Price:
         launching = (("CPU cores", min(1.0, 1.0 / self.profile.host.cores.value)),)
-        return Price(gpu_seconds(work, self.profile), Demand(launching, _LAUNCH_PRIORITY))
+        seconds = gpu_seconds(work, self.profile.gpu) * self._kernel_times.ratio(work)
+        return Price(seconds, Demand(launching, _LAUNCH_PRIORITY))
 
     def _upload(self, work: Work) -> Price:
         link, host = self.profile.link, self.profile.host

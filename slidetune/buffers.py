@@ -124,7 +124,9 @@ def head_working_bytes(model: ModelSpec, plan: Plan, kernels: str) -> int:
     """The same of final norm, head and chunked loss, forward and backward."""
     tokens = plan.micro_batch * plan.seq_len
     costs = model.head.kernels(kernels)
-    return model.loss_working_bytes(tokens) + (costs.saved_bytes + costs.backward_bytes) * tokens
+    # Norm, head and loss of one chunk; the gradient of its hidden states is made beside them.
+    per_token = costs.saved_bytes + costs.backward_bytes + BF16_BYTES * model.hidden_size
+    return model.loss_working_bytes(tokens) + per_token * model.loss_chunk_tokens(tokens)
 
 
 def working_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> int:

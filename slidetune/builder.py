@@ -204,8 +204,9 @@ class _Step:
             "head",
             GPU,
             flops=3.0 * flops,
-            # Logits written, read, upcast, differentiated and read twice: about 24 bytes each.
-            traffic_bytes=24.0 * tokens * model.vocab_size
+            # Logits written, read for the loss, read and overwritten by their gradient, which is read twice: 2 bytes
+            # each. The matrix is read twice a chunk, its fp32 gradient read and written.
+            traffic_bytes=12.0 * tokens * model.vocab_size
             + (chunks * 12.0 + ROUND_BYTES_PER_PARAM / plan.accumulation) * head.weight_elements
             + 3.0 * head.kernels(self.kernels).traffic_bytes * tokens,
             launches=chunks * 3 * head.kernels(self.kernels).launches,

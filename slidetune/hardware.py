@@ -54,6 +54,27 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KernelTime:
+    """One kind of GPU task as it was measured: what it asks for, and how long it took."""
+
+    model: str
+    kernels: Literal["eager", "liger"]
+    op: Literal["forward", "recompute", "backward", "head"]
+    micro_batch: int
+    seq_len: int
+    flops: float
+    """Of its matrix products, as the schedule has it."""
+    traffic_bytes: float
+    launches: int
+    seconds: float
+    """Median."""
+    spread: float
+    """Half the distance between the quartiles over the median."""
+    model_s: float
+    """Seconds that the GPU's figures alone give it; the rest is what they don't say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """One GPU."""
 
@@ -74,6 +95,8 @@ class Gpu:
     """Memory taken by the CUDA context, libraries and the allocator's slack, GiB."""
     kernels: Literal["eager", "liger"] = "eager"
     """Norm, rotary and activation kernels in use: transformers' own, or Liger's fused ones."""
+    times: tuple[KernelTime, ...] = ()
+    """Measured tasks: predictions of others go by those nearest to them."""
 
     @property
     def matmul_flops(self) -> float:

@@ -79,7 +79,7 @@ def default_link(gpu_name: str) -> Link:
 def _gpu(key: str) -> Gpu:
     catalog = _catalog("gpus")
     entry, sources = catalog["gpus"][key], catalog["sources"]
-    fields = {f.name for f in dataclasses.fields(Gpu)} - {"name", "kernels"}
+    fields = {f.name for f in dataclasses.fields(Gpu)} - {"name", "kernels", "times"}
     figures = {field: _figure(entry[field], sources, entry["sheet"]) for field in fields}
     return Gpu(name=entry["name"], **figures)
 

@@ -22,8 +22,11 @@ STATE_BYTES_PER_PARAM = 12
 # What of those 12 is not the bf16 weights themselves: remainder and moments.
 OPTIMIZER_BYTES_PER_PARAM = STATE_BYTES_PER_PARAM - BF16_BYTES
 
-# The chunked loss keeps about this many bytes of fp32 logits alive at a time, however long the sequence.
-LOSS_CHUNK_BYTES = 256 * 2**20
+# The chunked loss keeps at most this many bytes of logits alive at a time, however long the sequence. Every chunk
+# passes over the head's matrix and its gradient: smaller ones cost time.
+LOSS_CHUNK_BYTES = 512 * 2**20
+# What matrix kernels like a number of tokens to be a multiple of.
+_TOKENS_MULTIPLE = 128
 
 UnitKind = Literal["embedding", "layer", "head"]
 
@@ -157,11 +160,12 @@ class ModelSpec:
 
     def loss_chunk_tokens(self, tokens: int) -> int:
         """Tokens whose logits exist at a time in the head's chunked loss."""
-        return max(1, min(tokens, LOSS_CHUNK_BYTES // (FP32_BYTES * self.vocab_size)))
+        most = LOSS_CHUNK_BYTES // (BF16_BYTES * self.vocab_size)
+        return min(tokens, max(1, most // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE)
 
     def loss_working_bytes(self, tokens: int) -> int:
-        """Bytes alive in the chunked loss: logits in bf16 and fp32 and their gradient in bf16."""
-        return self.loss_chunk_tokens(tokens) * self.vocab_size * (2 * BF16_BYTES + FP32_BYTES)
+        """Bytes alive in the chunked loss: logits in bf16, whose place their gradient takes."""
+        return self.loss_chunk_tokens(tokens) * self.vocab_size * BF16_BYTES
 
 
 def with_frozen(model: ModelSpec, frozen: Sequence[int]) -> ModelSpec:

@@ -92,12 +92,15 @@ class Space:
         return tuple(point)
 
     def neighbours(self, point: Point) -> Iterator[Point]:
-        """Points one step away on one axis; and on the first two, which make the batch, a step each way."""
+        """Points one step away on one axis; and a step each way on two that trade: micro-batch against accumulation
+        (the same batch) and against kept activations (about the same memory)."""
         for i in range(len(self.axes)):
             for step in (1, -1):
                 yield from self._moved(point, {i: step})
-        for step in (1, -1):
-            yield from self._moved(point, {0: step, 1: -step})
+        keep = next(i for i, axis in enumerate(self.axes) if axis.name == "recompute.keep")
+        for other in (1, keep):
+            for step in (1, -1):
+                yield from self._moved(point, {0: step, other: -step})
 
     def _moved(self, point: Point, steps: Mapping[int, int]) -> Iterator[Point]:
         moved = tuple(v + steps.get(i, 0) for i, v in enumerate(point))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,7 @@ from slidetune import files
 from slidetune.cli import console
 from slidetune.cli.results import check_writable
 from slidetune.cli.run import torch_is_there
+from slidetune.units import format_seconds
 
 
 def profile(
@@ -20,6 +23,14 @@ def profile(
     *,
     device: Annotated[
         str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: the first GPU, else cpu]", show_default=False)
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure this model's layers and head too: predictions of it are then much closer."),
+    ] = None,
+    kernels: Annotated[
+        list[str] | None,
+        typer.Option(metavar="auto|eager|liger", help="With --model: their kernels.", show_default="auto"),
     ] = None,
     nvme_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Measure this folder's drive too.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few seconds, for a rough idea.")] = False,
@@ -31,15 +42,32 @@ def profile(
     import torch
 
     from slidetune.runtime.measure import Effort, measure_machine
+    from slidetune.runtime.measure_kernels import measure_kernels
     from slidetune.units import MIB
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     effort = Effort(seconds=0.1, copy_bytes=32 * MIB, params=8 * MIB, matrix=2048, nvme_bytes=128 * MIB)
     found = measure_machine(chosen, nvme_folder=nvme_dir, effort=effort if quick else None)
+    for name, wanted in itertools.product(model or (), kernels or ("auto",)):
+        with console.progress(f"measuring {name}") as advance:
+            times = measure_kernels(
+                name,
+                found.gpu,
+                torch.device(chosen),
+                kernels=wanted,
+                seconds=5.0 if quick else 30.0,
+                progress=lambda done, of: advance(done, of, "micro-batches"),
+            )
+        found = dataclasses.replace(found, gpu=dataclasses.replace(found.gpu, times=found.gpu.times + times))
     files.write(output, found)
     if json:
         console.print_json(files.dump(found))
         return
     for path, figure in found.figures():
         console.out.print(f"{path:32} {figure.value:>10.4g}  {figure.source}", soft_wrap=True)
+    for time in found.gpu.times:
+        console.out.print(
+            f"{time.model} {time.kernels} {time.op:9} {time.micro_batch:3} x {time.seq_len:<6,} "
+            f"{format_seconds(time.seconds):>8} ± {time.spread:.0%}, {time.seconds / time.model_s:.2f} of the figures'"
+        )
     console.out.print(f"Written: {output}")

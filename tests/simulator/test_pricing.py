@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slidetune.builder import ADAM_BYTES_PER_PARAM, build
+from slidetune.gpu_time import gpu_seconds
 from slidetune.hardware import Figure
 from slidetune.machines import load_profile, machine
 from slidetune.models import load_model
 from slidetune.plans import Plan
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, Work
-from slidetune.simulator.pricing import SHARED_RESOURCES, PriceList, gpu_seconds
+from slidetune.simulator.pricing import SHARED_RESOURCES, PriceList
 from slidetune.units import GB, GIB, MIB
 
 H200 = load_profile("h200-16c")
@@ -91,7 +92,9 @@ LAYER_MS = {
 @pytest.mark.parametrize("batch", LAYER_MS)
 def test_h200_layer_timings(batch):
     schedule = build(load_model("llama-3.1-8b"), Plan(model="llama-3.1-8b", micro_batch=batch))
-    layer = {t.work.op: gpu_seconds(t.work, H200) * 1e3 for t in schedule.tasks if t.work.lane == GPU and t.unit == 16}
+    layer = {
+        t.work.op: gpu_seconds(t.work, H200.gpu) * 1e3 for t in schedule.tasks if t.work.lane == GPU and t.unit == 16
+    }
     forward, both = LAYER_MS[batch]
     # Where launching is the limit (batch 1 and 2) the model is coarser.
     bound = 0.12 if batch <= 2 else 0.07
@@ -161,21 +164,21 @@ def test_threads_beyond_the_cores_add_nothing():
 def test_gpu_time_is_products_and_traffic_one_after_the_other():
     gpu = RTX4090.gpu
     work = Work(op="forward", lane=GPU, flops=1e13, traffic_bytes=1e10)
-    assert gpu_seconds(work, RTX4090) == pytest.approx(1e13 / gpu.matmul_flops + 1e10 / gpu.memory_bytes_per_s)
+    assert gpu_seconds(work, RTX4090.gpu) == pytest.approx(1e13 / gpu.matmul_flops + 1e10 / gpu.memory_bytes_per_s)
 
 
 def test_launching_is_the_floor_of_gpu_time():
     work = Work(op="forward", lane=GPU, launches=50, flops=1e6)
-    assert gpu_seconds(work, RTX4090) == pytest.approx(50 * RTX4090.gpu.launch_us.value * 1e-6)
-    assert gpu_seconds(Work(op="nothing", lane=GPU), RTX4090) == 0.0
+    assert gpu_seconds(work, RTX4090.gpu) == pytest.approx(50 * RTX4090.gpu.launch_us.value * 1e-6)
+    assert gpu_seconds(Work(op="nothing", lane=GPU), RTX4090.gpu) == 0.0
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.floats(0, 1e15), st.integers(0, 5000))
 def test_launching_and_computing_overlap_but_for_their_ends(flops, launches):
-    compute = gpu_seconds(Work(op="x", lane=GPU, flops=flops), RTX4090)
-    launch = gpu_seconds(Work(op="x", lane=GPU, launches=launches), RTX4090)
-    both = gpu_seconds(Work(op="x", lane=GPU, flops=flops, launches=launches), RTX4090)
+    compute = gpu_seconds(Work(op="x", lane=GPU, flops=flops), RTX4090.gpu)
+    launch = gpu_seconds(Work(op="x", lane=GPU, launches=launches), RTX4090.gpu)
+    both = gpu_seconds(Work(op="x", lane=GPU, flops=flops, launches=launches), RTX4090.gpu)
     assert max(compute, launch) * (1 - 1e-9) <= both <= (compute + launch) * (1 + 1e-9)
 
 

@@ -1,0 +1,264 @@
+"""How long a model's layers and head take on the device at hand, over a grid of micro-batches and lengths.
+
+The model's own modules run with random weights, one after the other on one stream, through the code that training runs
+them with. Each measurement belongs to a task of the schedule, so that the simulator can look it up.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slidetune.builder import build
+from slidetune.gpu_time import gpu_seconds
+from slidetune.hardware import Gpu, KernelTime
+from slidetune.plans import Plan
+from slidetune.runtime import batches
+from slidetune.runtime.adam import AdamW
+from slidetune.runtime.binding import Call, Parts
+from slidetune.runtime.counted_spec import spec_of
+from slidetune.runtime.gpu_tasks import layer_output
+from slidetune.runtime.head_loss import chunked_loss, head_loss
+from slidetune.runtime.kernels import apply_kernels, choose_kernels
+from slidetune.runtime.pointing import Pointed
+from slidetune.runtime.rounding import round_in_place
+from slidetune.runtime.skeleton import skeleton
+from slidetune.runtime.unit_layouts import unit_layouts
+from slidetune.schedule import GPU, Schedule, Work
+
+# Kinds of tasks that are measured; Adam on the device is bound by memory bandwidth alone.
+OPS = ("forward", "recompute", "backward", "head")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Point:
+    """A micro-batch of the grid."""
+
+    micro_batch: int
+    seq_len: int
+    accumulation: int = 1
+    """Above 1, gradients are added up in fp32."""
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.seq_len
+
+
+CUDA_GRID = (
+    *(Point(n, 1024) for n in (1, 2, 4, 8, 16, 32, 64)),
+    *(Point(n, 512) for n in (1, 8)),
+    *(Point(n, 4096) for n in (1, 4)),
+    *(Point(n, 8192) for n in (1, 4)),
+    *(Point(n, 1024, 2) for n in (1, 4, 16)),
+)
+CPU_GRID = (Point(1, 64), Point(4, 64), Point(1, 256), Point(4, 64, 2), Point(4, 256))
+
+Progress = Callable[[int, int], None]
+
+
+def measure_kernels(
+    ref: str,
+    gpu: Gpu,
+    device: torch.device,
+    *,
+    kernels: str = "auto",
+    grid: Sequence[Point] | None = None,
+    seconds: float = 30.0,
+    progress: Progress = lambda done, total: None,
+) -> tuple[KernelTime, ...]:
+    """Times of every kind of GPU task of a model; `gpu` has the figures they are compared with.
+
+    The grid is gone through from few tokens to many, as far as device memory goes and until `seconds` have passed.
+    `ref`: directory, config.json, hub id or catalog name. `progress` is called with points done and to do.
+    """
+    bench = _Bench(ref, gpu, device, kernels)
+    grid = sorted(grid or (CUDA_GRID if device.type == "cuda" else CPU_GRID), key=lambda point: point.tokens)
+    grid = [point for point in grid if point.seq_len <= bench.spec.max_seq_len]
+    deadline = time.perf_counter() + seconds
+    found: list[KernelTime] = []
+    for done, point in enumerate(grid):
+        progress(done, len(grid))
+        if time.perf_counter() > deadline:
+            break
+        try:
+            found += bench.measure(point)
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    progress(len(grid), len(grid))
+    return tuple(found)
+
+
+class _Bench:
+    def __init__(self, ref: str, gpu: Gpu, device: torch.device, kernels: str) -> None:
+        self.ref, self.gpu, self.device = ref, gpu, device
+        model = skeleton(ref)
+        self.spec = spec_of(model, ref)
+        self.parts = Parts(model, self.spec)
+        model.train()
+        units = unit_layouts(self.parts, lambda name, parameter: AdamW())
+        self.kernels = choose_kernels(kernels, model, device)
+        apply_kernels(self.kernels, model)
+        self.pointed = [Pointed(unit.computed, unit.targets) if unit.targets else None for unit in units]
+        for pointed in self.pointed:
+            if pointed is not None:
+                pointed.release()
+        for table in self.parts.tables:
+            getattr(self.parts.base, table.name)._parameters["weight"] = None
+        model.to(device)
+        self.head_loss = head_loss(self.parts, self.pointed[-1], device)
+
+    def measure(self, point: Point) -> list[KernelTime]:
+        """Times of all kinds of tasks of one micro-batch."""
+        plan = Plan(
+            model=self.spec.name,
+            seq_len=point.seq_len,
+            micro_batch=point.micro_batch,
+            accumulation=point.accumulation,
+        )
+        schedule = build(self.spec, plan, self.kernels)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.spec.vocab_size, (point.micro_batch, point.seq_len), generator=generator)
+        calls, _ = self.parts.record_calls(self.device, {"input_ids": ids.to(self.device)})
+        labels = batches.shifted(ids).flatten().to(self.device)
+        found = []
+        for unit, works in _kinds(schedule).items():
+            if unit == self.spec.head.index:
+                timed = self._head(point, labels)
+            else:
+                timed = self._layer(unit, point, calls[unit - 1])
+            for op, work in works.items():
+                found.append(self._time(point, work, timed[op]))
+        return found
+
+    def _time(self, point: Point, work: Work, seconds: list[float]) -> KernelTime:
+        quarters = statistics.quantiles(seconds, n=4)
+        middle = statistics.median(seconds)
+        return KernelTime(
+            model=self.ref,
+            kernels=self.kernels,
+            op=work.op,
+            micro_batch=point.micro_batch,
+            seq_len=point.seq_len,
+            flops=work.flops,
+            traffic_bytes=work.traffic_bytes,
+            launches=work.launches,
+            seconds=float(f"{middle:.4g}"),
+            spread=round((quarters[2] - quarters[0]) / 2 / middle, 4),
+            model_s=float(f"{gpu_seconds(work, self.gpu):.6g}"),
+        )
+
+    def _layer(self, unit: int, point: Point, call: Call) -> dict[str, list[float]]:
+        layer, pointed = self.parts.layers[unit - 1], self.pointed[unit]
+        shape = (point.micro_batch, point.seq_len, self.spec.hidden_size)
+        source, target, upward = (torch.randn(shape, device=self.device, dtype=torch.bfloat16) for _ in range(3))
+        weights = self._weights(pointed)
+        sums = point.accumulation > 1
+        gradient = self._empty(pointed.layout.trained, torch.float32 if sums else torch.bfloat16)
+        edge, x = None, None
+
+        def forward() -> None:
+            pointed.point(weights)
+            with torch.no_grad():
+                target.copy_(layer_output(layer, source.data, call))
+
+        def recompute() -> None:
+            nonlocal edge, x
+            pointed.point(weights)
+            x = source.data.requires_grad_()
+            with torch.enable_grad():
+                edge = torch.autograd.graph.get_gradient_edge(layer_output(layer, x, call))
+
+        def backward(fresh: bool = True, last: bool = not sums) -> None:
+            pointed.collect_into(gradient, fresh=fresh)
+            torch.autograd.backward(edge, upward)
+            upward.copy_(x.grad)
+            if sums and last:
+                round_in_place(gradient)
+
+        actions = {"forward": forward, "recompute": recompute, "backward": backward}
+        if sums:
+            # The first gradient is written, the others are added: one of each.
+            actions["recompute 2"] = recompute
+            actions["backward 2"] = lambda: backward(fresh=False, last=True)
+        timed = self._timed(actions)
+        if sums:
+            first, second = timed["backward"], timed.pop("backward 2")
+            timed["backward"] = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+        return timed
+
+    def _head(self, point: Point, labels: Tensor) -> dict[str, list[float]]:
+        pointed = self.pointed[self.spec.head.index]
+        hidden = torch.randn(point.tokens, self.spec.hidden_size, device=self.device, dtype=torch.bfloat16)
+        source = hidden.clone()
+        weights, gradient = self._weights(pointed), self._empty(pointed.layout.trained, torch.float32)
+        chunk = self.spec.loss_chunk_tokens(point.tokens)
+
+        def head() -> None:
+            pointed.point(weights)
+            pointed.collect_into(gradient, fresh=True)
+            hidden.copy_(source)
+            chunked_loss(self.head_loss, hidden, labels, point.tokens, chunk)
+            round_in_place(gradient)
+
+        return self._timed({"head": head})
+
+    def _weights(self, pointed: Pointed) -> Tensor:
+        return torch.randn(pointed.layout.total, device=self.device).mul_(0.02).to(torch.bfloat16)
+
+    def _empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, device=self.device, dtype=dtype)
+
+    def _timed(self, actions: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+        """Seconds of each action while all follow one another several times."""
+        for _ in range(2):
+            self._synchronize()
+            began = time.perf_counter()
+            for action in actions.values():
+                action()
+            self._synchronize()
+        rounds = 4 + int(min(20, 0.5 / max(time.perf_counter() - began, 1e-6)))
+        marks = [[] for _ in range(rounds)]
+        for row in marks:
+            row.append(self._now())
+            for action in actions.values():
+                action()
+                row.append(self._now())
+        self._synchronize()
+        return {
+            name: [self._between(row[number], row[number + 1]) for row in marks] for number, name in enumerate(actions)
+        }
+
+    def _now(self) -> object:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start, end) -> float:
+        return end - start if self.device.type != "cuda" else start.elapsed_time(end) / 1e3
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _kinds(schedule: Schedule) -> dict[int, dict[str, Work]]:
+    """By the first unit that has it, each kind of task that differs from those of the units before."""
+    found: dict[int, dict[str, Work]] = {}
+    seen: set[Work] = set()
+    for task in sorted((t for t in schedule.tasks if t.work.lane == GPU), key=lambda t: t.unit):
+        if task.work.op in OPS and task.work not in seen:
+            seen.add(task.work)
+            found.setdefault(task.unit, {})[task.work.op] = task.work
+    return found
