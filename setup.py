@@ -1,4 +1,4 @@
-"""The one part that pyproject.toml cannot state: the native Adam kernel, built where there is a compiler."""
+"""The one part that pyproject.toml cannot state: the native kernels of the CPU, built where there is a compiler."""
 
 from setuptools import Extension, setup
 
@@ -10,7 +10,7 @@ setup(
         # Plain C functions for ctypes, not a module to import.
         Extension(
             "slidetune.runtime._adam",
-            sources=["runtime/native/adam.cpp"],
+            sources=["runtime/native/adam.cpp", "runtime/native/rows.cpp"],
             depends=["runtime/native/pool.hpp"],
             language="c++",
             extra_compile_args=FLAGS,

@@ -43,10 +43,10 @@ class _Coefficients(ctypes.Structure):
 @cache
 def paths() -> tuple[str, ...]:
     """The kernel's paths that this CPU can run, best first."""
-    library = _library()
-    if library is None:
+    found = library()
+    if found is None:
         return ()
-    return _PATHS[: library.slidetune_adam_best_path() + 1][::-1]
+    return _PATHS[: found.slidetune_adam_best_path() + 1][::-1]
 
 
 def step(
@@ -60,7 +60,7 @@ def step(
     path: str,
 ) -> None:
     """One update in place; arguments as `adam.adam_step` has checked them."""
-    _library().slidetune_adam_step(
+    library().slidetune_adam_step(
         _PATHS.index(path),
         threads,
         high.numel(),
@@ -86,7 +86,7 @@ def rows_step(
     path: str,
 ) -> None:
     """One update of rows in place; arguments as `adam.adam_rows` has checked them."""
-    _library().slidetune_adam_rows(
+    library().slidetune_adam_rows(
         _PATHS.index(path),
         threads,
         width,
@@ -106,15 +106,16 @@ def _struct_of(coefficients: Coefficients) -> _Coefficients:
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
+    """The native kernels of the CPU, None where they were not built."""
     file = Path(__file__).with_name("_adam" + sysconfig.get_config_var("EXT_SUFFIX"))
     if not file.exists():
         return None
-    library = ctypes.CDLL(str(file))
-    library.slidetune_adam_best_path.restype = ctypes.c_int
-    library.slidetune_adam_best_path.argtypes = ()
-    library.slidetune_adam_step.restype = None
-    library.slidetune_adam_step.argtypes = (
+    found = ctypes.CDLL(str(file))
+    found.slidetune_adam_best_path.restype = ctypes.c_int
+    found.slidetune_adam_best_path.argtypes = ()
+    found.slidetune_adam_step.restype = None
+    found.slidetune_adam_step.argtypes = (
         ctypes.c_int,
         ctypes.c_int,
         ctypes.c_int64,
@@ -122,12 +123,19 @@ def _library() -> ctypes.CDLL | None:
         ctypes.c_int,
         ctypes.POINTER(_Coefficients),
     )
-    library.slidetune_adam_rows.restype = None
-    library.slidetune_adam_rows.argtypes = (
+    found.slidetune_adam_rows.restype = None
+    found.slidetune_adam_rows.argtypes = (
         ctypes.c_int,
         ctypes.c_int,
         *(ctypes.c_int64,) * 2,
         *(ctypes.c_void_p,) * 8,
         ctypes.POINTER(_Coefficients),
     )
-    return library
+    found.slidetune_sum_rows.restype = None
+    found.slidetune_sum_rows.argtypes = (
+        ctypes.c_int,
+        *(ctypes.c_int64,) * 2,
+        *(ctypes.c_void_p,) * 4,
+        *(ctypes.c_int,) * 2,
+    )
+    return found

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slidetune.runtime.binding import Parts
 from slidetune.runtime.randomness import Randomness
+from slidetune.runtime.row_sums import sum_rows
 from slidetune.runtime.steps import Step
 
 _UNIT = 0
@@ -18,7 +19,7 @@ _HOST = torch.device("cpu")
 
 
 class HostEmbedding:
-    """`gather` and `gradients` may run at once, each in one thread."""
+    """`gather` and `add_gradients` may run at once, each in one thread."""
 
     def __init__(self, parts: Parts, weights: Tensor, width: int, randomness: Randomness) -> None:
         """`weights`: bf16, flat, of all tables one behind the other."""
@@ -40,21 +41,24 @@ class HostEmbedding:
         with torch.no_grad(), self.randomness.on(_HOST, step.number, _UNIT, m):
             out.copy_(self._forward(step.compact_rows, batch.rows, batch.inputs))
 
-    def gradients(self, step: Step, m: int, upstream: Tensor) -> Tensor:
-        """bf16 gradients [rows, width] of the step's rows from micro-batch m, by the gradient of `gather`'s output."""
+    def add_gradients(self, step: Step, m: int, upstream: Tensor, out: Tensor, threads: int) -> None:
+        """Add the gradients of the step's rows from micro-batch m, each in bf16, to `out` [rows, width]; the first
+        micro-batch's overwrite it. `upstream`: the gradient of `gather`'s output."""
         batch = step.micro_batches[m]
         if self.plain:
-            count = step.rows.numel()
-            found = [torch.ops.aten.embedding_dense_backward(upstream, batch.rows[0], count, -1, False)]
+            flat = upstream.view(-1, out.shape[1])
+            sum_rows(flat, batch.rows[0].reshape(-1), out, fresh=m == 0, threads=threads)
         else:
             leaves = [rows.detach().requires_grad_() for rows in step.compact_rows]
             with torch.enable_grad(), self.randomness.on(_HOST, step.number, _UNIT, m):
                 hidden = self._again(leaves, batch.rows, batch.inputs)
-            found = list(torch.autograd.grad(hidden, leaves, upstream))
-        for table, gradient, (_, ids) in zip(self.parts.tables, found, self._ids(step), strict=True):
+            found = torch.cat(torch.autograd.grad(hidden, leaves, upstream))
+            out.copy_(found) if m == 0 else out.add_(found)
+        first = 0
+        for table, (_, ids) in zip(self.parts.tables, self._ids(step), strict=True):
             if table.padding_row is not None:
-                gradient[ids == table.padding_row] = 0.0
-        return torch.cat(found)
+                out[first : first + ids.numel()][ids == table.padding_row] = 0.0
+            first += ids.numel()
 
     def _ids(self, step: Step) -> list[tuple[int, Tensor]]:
         """Per table, its first row and the rows of it, from 0, that the step reads."""

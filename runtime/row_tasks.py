@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slidetune.runtime.rounding import round_in_place
 from slidetune.runtime.rows import RowGradients
 from slidetune.runtime.steps import Step
 from slidetune.runtime.update_tasks import row_updater
@@ -38,22 +39,19 @@ def store_rows(walk: Walk, index: int, task: Task) -> Operation:
     """The gradient of the first layer's input comes down and becomes that of the embedding's rows."""
     m = task.micro_batch
     source, staging = walk.upstream[m], _rows_staging(walk, 1, m)
-    last = walk.plan.accumulation - 1
+    last, width = walk.plan.accumulation - 1, walk.spec.hidden_size
+    sums = walk.pools.slot("row gradients", 0, torch.float32 if last else torch.bfloat16)
 
     def run(step: Step) -> None:
         batch = step.micro_batches[m]
         staged = as_hidden(staging, batch.shape, walk.spec.hidden_size)
         staged.copy_(as_hidden(source, batch.shape, walk.spec.hidden_size), non_blocking=True)
         walk.synchronize()
-        values = walk.embedding.gradients(step, m, staged)
-        if m == 0 and last > 0:
-            values = values.float()
-        if m == 0:
-            step.row_gradients = RowGradients(step.rows, values)
-        else:
-            step.row_gradients.values.add_(values)
+        flat = sums[: step.rows.numel() * width]
+        walk.embedding.add_gradients(step, m, staged, flat.view(-1, width), walk.plan.adam_threads)
         if m == last:
-            step.row_gradients.values = step.row_gradients.values.to(torch.bfloat16)
+            rounded = round_in_place(flat) if last else flat
+            step.row_gradients = RowGradients(step.rows, rounded.view(-1, width))
             step.compact_rows = []
             _count_row_squares(walk, step)
 

@@ -81,6 +81,7 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("input staging", micro_batches + 2 if plan.activations.nvme else 0, hidden),
     ]
     pageable = [
+        ("row gradients", 1, gradient_bytes(plan) * model.hidden_size * _most_rows(model, plan)),
         ("optimizer state", 1, OPTIMIZER_BYTES_PER_PARAM * (held.by_cpu - held.on_nvme + vocab)),
         ("state staging", STATE_STAGING_SLOTS if held.on_nvme else 0, state_bytes * min(chunk, largest)),
     ]
@@ -150,6 +151,14 @@ def peak_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> dict[str
     for pool in pools(model, plan, kernels):
         total[pool.tier] += pool.bytes
     return total
+
+
+def _most_rows(model: ModelSpec, plan: Plan) -> int:
+    """Rows of the embedding that one step may read: of the vocabulary, and of a table of positions if there is one."""
+    if not model.embedding.params:
+        return 0
+    further = model.embedding.params // model.hidden_size - model.vocab_size
+    return min(plan.tokens, model.vocab_size) + min(plan.tokens, further)
 
 
 @dataclass(slots=True)

@@ -43,6 +43,8 @@ def test_pools_of_llama_8b_by_hand():
         "embedding rows": ("ram", 2, hidden),
         "saved inputs (RAM)": ("ram", 32, hidden),
         "optimizer state": ("ram", 1, 10 * LLAMA.params),
+        # Of as many rows as a step has tokens.
+        "row gradients": ("ram", 1, hidden),
     }
 
 

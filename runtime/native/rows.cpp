@@ -1,0 +1,85 @@
+// Gradients of embedding rows: the sum of the gradients of the tokens that read a row, in the tokens' order, each sum
+// rounded to bf16, as torch's embedding_dense_backward adds on the CPU.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "pool.hpp"
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+INLINE float widened(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+INLINE uint16_t rounded(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint16_t nearest = uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+  return value == value ? nearest : uint16_t(0x7FC0);
+}
+
+struct Job {
+  int64_t width;
+  const int64_t* starts;
+  const int64_t* tokens;
+  const uint16_t* upstream;
+  void* out;
+  bool out_is_fp32;
+  bool fresh;
+};
+
+INLINE void sum_row(const Job& job, int64_t row, uint16_t* sum) {
+  std::memset(sum, 0, size_t(job.width) * sizeof *sum);
+  for (int64_t at = job.starts[row]; at < job.starts[row + 1]; ++at) {
+    const uint16_t* from = job.upstream + job.tokens[at] * job.width;
+    for (int64_t i = 0; i < job.width; ++i) sum[i] = rounded(widened(sum[i]) + widened(from[i]));
+  }
+  if (!job.out_is_fp32) return;
+  float* out = static_cast<float*>(job.out) + row * job.width;
+  if (job.fresh) {
+    for (int64_t i = 0; i < job.width; ++i) out[i] = widened(sum[i]);
+  } else {
+    for (int64_t i = 0; i < job.width; ++i) out[i] += widened(sum[i]);
+  }
+}
+
+INLINE void sum_rows(const Job& job, int64_t begin, int64_t end) {
+  std::vector<uint16_t> scratch(job.out_is_fp32 ? job.width : 0);
+  for (int64_t row = begin; row < end; ++row) {
+    sum_row(job, row, job.out_is_fp32 ? scratch.data() : static_cast<uint16_t*>(job.out) + row * job.width);
+  }
+}
+
+void plain(const Job& job, int64_t begin, int64_t end) { sum_rows(job, begin, end); }
+
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) void avx2(const Job& job, int64_t begin, int64_t end) { sum_rows(job, begin, end); }
+#endif
+
+// Rows handed to a thread at once.
+constexpr int64_t kRows = 32;
+
+}  // namespace
+
+extern "C" void slidetune_sum_rows(int threads, int64_t width, int64_t count, const int64_t* starts,
+                                   const int64_t* tokens, const uint16_t* upstream, void* out, int out_is_fp32,
+                                   int fresh) {
+  const Job job{width, starts, tokens, upstream, out, out_is_fp32 != 0, fresh != 0};
+  auto* sum = plain;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2")) sum = avx2;
+#endif
+  const int64_t blocks = (count + kRows - 1) / kRows;
+  slidetune::Pool::shared().run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
+    const int64_t begin = block * kRows, end = begin + kRows;
+    sum(job, begin, end < count ? end : count);
+  });
+}
