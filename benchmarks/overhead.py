@@ -1,6 +1,6 @@
 """What the interpreter itself costs: host time a task of an 8B model's schedule whose tasks do nothing.
 
-    python benchmarks/overhead.py [--model NAME] [--json]
+    python benchmarks/overhead.py [--model NAME] [--device cpu|cuda] [--json]
 
 The bar: at most 100 microseconds a task, and at most 3 % of a step whose layers take 2 ms or more each way.
 """
@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 
+import machine
 import torch
 
 from slidetune.builder import build
@@ -26,11 +27,11 @@ _LAYER_MS = 2.0
 _PASSES = 4
 
 
-def measure(model_name: str, steps: int) -> dict[str, float]:
+def measure(model_name: str, steps: int, device: torch.device) -> dict[str, float]:
     """Host seconds a task (wall clock, lanes side by side) and its share of a step of short layers."""
     model = load_model(model_name)
     schedule = build(model, Plan(model=model.name, accumulation=2, optimizer_nvme=len(model.layers) // 4))
-    lanes = Lanes(schedule, [lambda step: None] * len(schedule.tasks), torch.device("cpu"))
+    lanes = Lanes(schedule, [lambda step: None] * len(schedule.tasks), device)
     found = []
     for number in range(1, steps + 1):
         began = time.perf_counter()
@@ -51,12 +52,13 @@ def measure(model_name: str, steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = measure(options.model, options.steps)
+    found = measure(options.model, options.steps, torch.device(options.device))
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(found | {"device": options.device} | machine.describe()))
         return
     print(f"{found['tasks']:.0f} tasks: {found['us_per_task']:.1f} us each, {found['step_ms']:.1f} ms a step,")
     print(f"{found['share_of_short_step']:.1%} of a step whose layers take {_LAYER_MS:g} ms")
