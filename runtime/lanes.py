@@ -39,6 +39,12 @@ class TaskFailed(SlidetuneError):
         self.lane, self.task = lane, task
 
 
+def _finish(event: Any) -> None:
+    """Wait for an event; one that has passed is not worth the sleep that waiting is."""
+    if not event.query():
+        event.synchronize()
+
+
 class _Stopped(Exception):
     """Ends a worker whose lane is told to stop."""
 
@@ -54,15 +60,21 @@ class _Lane:
         # Farthest point of each other lane this one has waited for already: streams are ordered.
         self.seen: dict[str, int] = {}
         self.stream: Any = None
-        self.events: list[Any] = []
         if device.type == "cuda" and name in STREAM_LANES:
             self.stream = torch.cuda.Stream(device)
-            # Two sets: an event is recorded anew only two steps later.
-            self.events = [torch.cuda.Event(blocking=True) for _ in range(2 * self.count)]
+        # Events of the tasks that other lanes, or the caller, wait for; two sets, since an event is recorded anew only
+        # two steps later.
+        self.events: dict[int, Any] = {}
+
+    def watch(self, position: int) -> None:
+        """Have an event recorded after the task at a position."""
+        if self.stream is not None:
+            for at in (position, position + self.count):
+                self.events.setdefault(at, torch.cuda.Event(blocking=True))
 
     def event(self, passed: int) -> Any:
-        """The event of the task that made `passed` so large."""
-        return self.events[(passed - 1) % len(self.events)]
+        """The event of the task that made `passed` so large, None if nobody was to wait for it."""
+        return self.events.get((passed - 1) % (2 * self.count))
 
 
 class Lanes:
@@ -72,7 +84,14 @@ class Lanes:
     written there.
     """
 
-    def __init__(self, schedule: Schedule, operations: Sequence[Callable[[Step], None]], device: torch.device) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        operations: Sequence[Callable[[Step], None]],
+        device: torch.device,
+        awaited: Sequence[int] = (),
+    ) -> None:
+        """`awaited`: tasks that `wait` will be called for; each lane's last one always is."""
         self.schedule, self.operations, self.device = schedule, operations, device
         lane_tasks = schedule.lane_tasks()
         self.lanes = {name: _Lane(name, tasks, device) for name, tasks in lane_tasks.items() if tasks}
@@ -87,6 +106,13 @@ class Lanes:
         }
         for lane in self.lanes.values():
             lane.waits = [self._waits(lane, task) for task in lane.tasks]
+        for lane in self.lanes.values():
+            lane.watch(lane.count - 1)
+            for other, offset in (wait for waits in lane.waits for wait in waits):
+                other.watch((offset - 1) % other.count)
+        for task in awaited:
+            lane, position = self._place[task]
+            lane.watch(position)
         self._intra_op_threads = torch.get_num_threads()
         self._threads = [
             threading.Thread(target=self._work, args=(lane,), name=f"slidetune {name}", daemon=True)
@@ -116,7 +142,7 @@ class Lanes:
             self._raise_failure()
             raise SlidetuneError("the lanes were stopped before the step was done.") from None
         if lane.stream is not None:
-            lane.event(target).synchronize()
+            _finish(lane.event(target))
 
     def drain(self) -> None:
         """Wait until everything submitted has finished. Raises TaskFailed as `wait` does."""
@@ -188,7 +214,9 @@ class Lanes:
                 end = torch.cuda.Event(enable_timing=True)
                 end.record(lane.stream)
                 times[task] = (start, end)
-            lane.event(lane.passed + 1).record(lane.stream)
+            event = lane.event(lane.passed + 1)
+            if event is not None:
+                event.record(lane.stream)
         with lane.moved:
             lane.passed += 1
             lane.moved.notify_all()
@@ -213,7 +241,7 @@ class Lanes:
                 if lane.stream is not None:
                     lane.stream.wait_event(event)
                 else:
-                    event.synchronize()
+                    _finish(event)
         if self._stopping:
             raise _Stopped
 

@@ -128,6 +128,7 @@ class SlidingTrainer:
         self.kernels = choose_kernels(kernels, model, self.device)
         apply_kernels(self.kernels, model)
         self.schedule: Schedule = build(self.spec, plan, self.kernels)
+        self._head_task = max(i for i, task in enumerate(self.schedule.tasks) if task.work.op == "head")
         self._check_memory()
         if plan.resident_layers:
             check_gpu_adam(self.device)
@@ -144,7 +145,6 @@ class SlidingTrainer:
         """Optimizer updates made, or due to be made by the step under way."""
         self._last: Step | None = None
         self._owed: Step | None = None
-        self._head_task = max(i for i, task in enumerate(self.schedule.tasks) if task.work.op == "head")
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
@@ -377,7 +377,7 @@ class SlidingTrainer:
         if self.device.type == "cuda":
             # What was written here must be there for the lanes' streams.
             torch.cuda.synchronize(self.device)
-        self._lanes = Lanes(self.schedule, self._operations.run, self.device)
+        self._lanes = Lanes(self.schedule, self._operations.run, self.device, awaited=[self._head_task])
 
     def _tables(self, layout: Layout) -> RowTables:
         master = self._masters[0]

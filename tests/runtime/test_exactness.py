@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+torch = pytest.importorskip("torch")
+
 from slidetune.families import spec_from_config
 from slidetune.plans import Activations, Plan, Recompute
 from slidetune.runtime.adam import AdamW
@@ -81,6 +83,27 @@ def test_accumulation_of_a_tied_matrix_adds_in_another_order(update):
     """Head's and rows' gradients are summed over the micro-batches apart, then together."""
     plan = Plan(model="qwen2", accumulation=2, update=update, **SIZES)
     assert_close(run_both(CONFIGS["qwen2"], plan), 0.03)
+
+
+def test_plans_agree_on_every_device():
+    """One arithmetic, wherever things lie and in whatever order they move: the same bits, on a GPU too."""
+    layers = CONFIGS["llama"]["num_hidden_layers"]
+    ways = (
+        {"window": 1, "prefetch": 0},
+        {"window": 3, "prefetch": 2, "chunk_bytes": 4096},
+        {"resident_layers": layers, "activations": Activations(gpu=layers)},
+        {"resident_weights": layers, "recompute": Recompute(keep=1, offload=1)},
+        {"update": "forward", "resident_layers": 1},
+    )
+    found = []
+    for way in ways:
+        plan = Plan(model="llama", **(SIZES | way))
+        with SlidingTrainer(make_model(CONFIGS["llama"]), plan, device=DEVICE) as trainer:
+            losses = [trainer.step(batch) for batch in random_batches(CONFIGS["llama"], plan, 4)]
+            found.append((losses, trainer.state_dict()))
+    for losses, weights in found[1:]:
+        assert losses == found[0][0]
+        assert [name for name, value in found[0][1].items() if not torch.equal(weights[name], value)] == []
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
