@@ -52,13 +52,15 @@ def chunked_loss(run: HeadLoss, hidden: Tensor, labels: Tensor, items: int, chun
 def _fused(parts: Parts, pointed: Pointed) -> HeadLoss:
     from slidetune.runtime.cross_entropy_triton import cross_entropy_in_place
 
-    logits_of = parts.head(_SummingLinear(parts.head_module, pointed))
+    linear = _SummingLinear(parts.head_module, pointed)
+    logits_of = parts.head(linear)
 
     def run(x: Tensor, labels: Tensor, items: int) -> Tensor:
         logits = logits_of(x.unsqueeze(0))
         gradient = logits.detach()
         losses = cross_entropy_in_place(gradient.view(-1, gradient.shape[-1]), labels, 1.0 / items)
         torch.autograd.backward(logits, gradient)
+        linear.collect()
         return losses.sum()
 
     return run
@@ -71,13 +73,16 @@ class _SummingLinear(nn.Module):
         super().__init__()
         # Neither is a child: the matrix is the original module's, and pointed anew at each step.
         self.__dict__["linear"], self.__dict__["pointed"] = linear, pointed
+        self.factors: tuple[Tensor, Tensor] | None = None
+        """Upstream gradient [tokens, vocabulary] and input [tokens, width] of the last backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         linear = self.__dict__["linear"]
         return _Product.apply(x, linear.weight.detach(), linear.bias, self)
 
-    def collect(self, upstream: Tensor, x: Tensor) -> None:
-        """Add the matrix's gradient: upstream [tokens, vocabulary] transposed times x [tokens, width]."""
+    def collect(self) -> None:
+        """Add the matrix's gradient of the last backward pass; on the caller's thread, not on autograd's."""
+        (upstream, x), self.factors = self.factors, None
         target, fresh = self.__dict__["pointed"].claim(self.__dict__["linear"], "weight")
         if target is None:
             return
@@ -98,5 +103,5 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         flat = upstream.reshape(-1, upstream.shape[-1])
-        ctx.module.collect(flat, x.reshape(-1, x.shape[-1]))
+        ctx.module.factors = flat, x.reshape(-1, x.shape[-1])
         return upstream @ weight, None, flat.sum(0) if ctx.has_bias else None, None
