@@ -178,7 +178,8 @@ def adam_rows(
         raise ValueError(f"values must be contiguous bf16 [any, {width}], not {values.dtype} {tuple(values.shape)}")
     if not rows.numel():
         return
-    if int(rows.min()) < 0 or (int(rows.max()) + 1) * width > high.numel() or int(places.max()) >= values.shape[0]:
+    # numpy's minimum and maximum start no threads.
+    if rows.numpy().min() < 0 or (rows.numpy().max() + 1) * width > high.numel() or places.numpy().max() >= len(values):
         raise IndexError("a row or place lies outside its matrix")
     state = (high, low, exp_avg, exp_avg_sq)
     chosen = adam_implementation() if implementation is None else implementation

@@ -131,6 +131,8 @@ def library() -> ctypes.CDLL | None:
         *(ctypes.c_void_p,) * 8,
         ctypes.POINTER(_Coefficients),
     )
+    found.slidetune_gather_rows.restype = None
+    found.slidetune_gather_rows.argtypes = (ctypes.c_int, *(ctypes.c_int64,) * 2, *(ctypes.c_void_p,) * 3)
     found.slidetune_sum_rows.restype = None
     found.slidetune_sum_rows.argtypes = (
         ctypes.c_int,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slidetune.runtime.binding import Parts
 from slidetune.runtime.randomness import Randomness
-from slidetune.runtime.row_sums import sum_rows
+from slidetune.runtime.row_kernels import gather_rows, sum_rows
 from slidetune.runtime.steps import Step
 
 _UNIT = 0
@@ -28,12 +28,12 @@ class HostEmbedding:
         self.plain = _is_plain_lookup(parts, width)
         self._forward, self._again = parts.prelude(), parts.prelude()
 
-    def gather(self, step: Step, m: int, out: Tensor) -> None:
+    def gather(self, step: Step, m: int, out: Tensor, threads: int) -> None:
         """Write the first layer's input of micro-batch m to `out` [sequences, tokens, width]."""
         batch = step.micro_batches[m]
         if self.plain:
             ids = batch.inputs["input_ids"].reshape(-1)
-            torch.index_select(self.table, 0, ids, out=out.view(-1, out.shape[-1]))
+            gather_rows(self.table, ids, out.view(-1, out.shape[-1]), threads=threads)
             return
         if m == 0:
             # Copies: the table may change before the backward pass needs them again.

@@ -24,7 +24,7 @@ def gather(walk: Walk, index: int, task: Task) -> Operation:
     def run(step: Step) -> None:
         shape = step.micro_batches[m].shape
         staged = as_hidden(staging, shape, walk.spec.hidden_size)
-        walk.embedding.gather(step, m, staged)
+        walk.embedding.gather(step, m, staged, walk.plan.adam_threads)
         as_hidden(target, shape, walk.spec.hidden_size).copy_(staged, non_blocking=True)
 
     return run

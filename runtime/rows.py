@@ -8,8 +8,8 @@ updated all the same, as AdamW does it: moments decay, and the weights follow th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,19 +20,21 @@ Update = Callable[[State, Tensor, Tensor, Tensor, Tensor | None, AdamW], None]
 """Adam over some rows: (whole state, rows, places, values, dense, hyper-parameters), as for `adam.adam_rows`."""
 
 
-@dataclass(slots=True)
 class RowGradients:
-    """bf16 gradients [rows, width] of the rows `ids` (sorted)."""
+    """bf16 gradients [rows, width] of the rows `ids` (sorted int64)."""
 
-    ids: Tensor
-    values: Tensor
+    def __init__(self, ids: Tensor, values: Tensor) -> None:
+        self.ids, self.values = ids, values
+        # By row, its place: a look-up that costs less than a search, and no threads.
+        self._place = np.full(int(ids[-1]) + 1 if ids.numel() else 0, -1, dtype=np.int64)
+        self._place[ids.numpy()] = np.arange(ids.numel())
 
-    def places(self, ids: Tensor) -> Tensor:
-        """For each of `ids` its place in `self.ids`, -1 where it has none."""
-        if not self.ids.numel() or not ids.numel():
-            return torch.full_like(ids, -1)
-        at = torch.searchsorted(self.ids, ids).clamp_(max=self.ids.numel() - 1)
-        return torch.where(self.ids[at] == ids, at, -1)
+    def places(self, ids: np.ndarray) -> np.ndarray:
+        """For each of `ids` (sorted) its place in `self.ids`, -1 where it has none."""
+        known = np.searchsorted(ids, self._place.size)
+        found = np.full(ids.size, -1, dtype=np.int64)
+        found[:known] = self._place[ids[:known]]
+        return found
 
 
 class RowTables:
@@ -53,13 +55,7 @@ class RowTables:
     def update_rows(self, ids: Tensor, dense: Tensor | None, gradients: RowGradients | None, update: Update) -> None:
         """Update the rows `ids` (sorted): with their part of `dense` (bf16, flat, of all rows), if there is one, plus
         `gradients`, where they have one."""
-        for start, stop, hyper in self.spans:
-            mine = ids[(ids >= start) & (ids < stop)]
-            if not mine.numel():
-                continue
-            places, values = self._gradients(mine, dense, gradients)
-            whole = None if dense is None else dense[: self.rows * self.width]
-            update(self.state, mine, places, values, whole, hyper)
+        self._update(ids.numpy(), dense, gradients, update)
 
     def update_rest(
         self,
@@ -72,19 +68,34 @@ class RowTables:
     ) -> None:
         """Update part `part` of `parts` of all rows except `but` (sorted); gradients as for `update_rows`."""
         low, high = self.rows * part // parts, self.rows * (part + 1) // parts
-        rest = torch.ones(high - low, dtype=torch.bool)
-        rest[but[(but >= low) & (but < high)] - low] = False
-        self.update_rows(rest.nonzero().flatten() + low, dense, gradients, update)
+        rest = np.ones(high - low, dtype=bool)
+        first, last = np.searchsorted(but.numpy(), (low, high))
+        rest[but.numpy()[first:last] - low] = False
+        self._update(np.flatnonzero(rest) + low, dense, gradients, update)
 
-    def _gradients(self, ids: Tensor, dense: Tensor | None, gradients: RowGradients | None) -> tuple[Tensor, Tensor]:
+    # numpy, not torch, for the bookkeeping: torch's threads would compete with Adam's for the cores.
+
+    def _update(self, ids: np.ndarray, dense: Tensor | None, gradients: RowGradients | None, update: Update) -> None:
+        for start, stop, hyper in self.spans:
+            first, last = np.searchsorted(ids, (start, stop))
+            if first == last:
+                continue
+            mine = ids[first:last]
+            places, values = self._gradients(mine, dense, gradients)
+            whole = None if dense is None else dense[: self.rows * self.width]
+            update(self.state, torch.from_numpy(mine), torch.from_numpy(places), values, whole, hyper)
+
+    def _gradients(
+        self, ids: np.ndarray, dense: Tensor | None, gradients: RowGradients | None
+    ) -> tuple[np.ndarray, Tensor]:
         """(place of each row's gradient or -1, gradients)."""
         if gradients is None:
-            return torch.full_like(ids, -1), torch.zeros(0, self.width, dtype=torch.bfloat16)
+            return np.full(ids.size, -1, dtype=np.int64), torch.zeros(0, self.width, dtype=torch.bfloat16)
         places = gradients.places(ids)
         if dense is None:
             return places, gradients.values
-        own = places >= 0
+        own = np.flatnonzero(places >= 0)
         matrix = dense[: self.rows * self.width].view(self.rows, self.width)
-        sums = matrix.index_select(0, ids[own]) + gradients.values[places[own]]
-        places[own] = torch.arange(sums.shape[0])
+        sums = matrix[torch.from_numpy(ids[own])] + gradients.values[torch.from_numpy(places[own])]
+        places[own] = np.arange(own.size)
         return places, sums

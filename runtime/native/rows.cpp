@@ -1,5 +1,5 @@
-// Gradients of embedding rows: the sum of the gradients of the tokens that read a row, in the tokens' order, each sum
-// rounded to bf16, as torch's embedding_dense_backward adds on the CPU.
+// Embedding rows gathered for a batch, and their gradients: the sum of the gradients of the tokens that read a row, in
+// the tokens' order, each sum rounded to bf16, as torch's embedding_dense_backward adds on the CPU.
 
 #include <cstdint>
 #include <cstring>
@@ -67,6 +67,17 @@ __attribute__((target("avx2"))) void avx2(const Job& job, int64_t begin, int64_t
 constexpr int64_t kRows = 32;
 
 }  // namespace
+
+extern "C" void slidetune_gather_rows(int threads, int64_t width, int64_t count, const int64_t* rows,
+                                      const uint16_t* table, uint16_t* out) {
+  const int64_t blocks = (count + kRows - 1) / kRows;
+  slidetune::Pool::shared().run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
+    const int64_t begin = block * kRows, end = begin + kRows < count ? begin + kRows : count;
+    for (int64_t i = begin; i < end; ++i) {
+      std::memcpy(out + i * width, table + rows[i] * width, size_t(width) * sizeof *table);
+    }
+  });
+}
 
 extern "C" void slidetune_sum_rows(int threads, int64_t width, int64_t count, const int64_t* starts,
                                    const int64_t* tokens, const uint16_t* upstream, void* out, int out_is_fp32,

@@ -1,4 +1,4 @@
-"""Sums of gradients by row have the bits of torch's own."""
+"""Rows are gathered, and their gradients added, with the bits of torch's own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from slidetune.runtime import adam_native
-from slidetune.runtime.row_sums import sum_rows
+from slidetune.runtime.row_kernels import gather_rows, sum_rows
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -39,3 +39,14 @@ def test_special_numbers():
     sum_rows(upstream, torch.zeros(2, dtype=torch.long), found, fresh=True, threads=1)
     assert found[0, :2].isnan().all()
     assert found[0, 2].isinf()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_gathering(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(adam_native, "library", lambda: None)
+    table = torch.randn(50, 7).to(torch.bfloat16)
+    rows = torch.randint(0, 50, (99,))
+    found = torch.empty(99, 7, dtype=torch.bfloat16)
+    gather_rows(table, rows, found, threads=3)
+    assert torch.equal(found, table[rows])

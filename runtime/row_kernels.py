@@ -1,11 +1,27 @@
-"""Gradients of embedding rows on the host, from the gradient of what they were looked up for."""
+"""Embedding rows on the host: gathered for a batch, and their gradients from that of what they were looked up for.
+
+Threads are the native kernels' pool, which Adam uses too: torch's own would compete with it for the cores.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slidetune.runtime import adam_native
+
+
+def gather_rows(table: Tensor, rows: Tensor, out: Tensor, *, threads: int) -> None:
+    """Copy rows of a bf16 table [any, width] to `out` [n, width], both contiguous. `rows`: int64 [n], all in the table
+    (not checked: they come from a batch that was)."""
+    library = adam_native.library()
+    if library is None:
+        torch.index_select(table, 0, rows, out=out)
+        return
+    library.slidetune_gather_rows(
+        threads, table.shape[1], rows.numel(), rows.data_ptr(), table.data_ptr(), out.data_ptr()
+    )
 
 
 def sum_rows(upstream: Tensor, places: Tensor, out: Tensor, *, fresh: bool, threads: int) -> None:
@@ -25,15 +41,15 @@ def sum_rows(upstream: Tensor, places: Tensor, out: Tensor, *, fresh: bool, thre
         found = torch.ops.aten.embedding_dense_backward(upstream, places, rows, -1, False)
         out.copy_(found) if fresh else out.add_(found)
         return
-    order = torch.sort(places, stable=True).indices
-    starts = torch.zeros(rows + 1, dtype=torch.int64)
-    torch.cumsum(torch.bincount(places, minlength=rows), 0, out=starts[1:])
+    order = np.argsort(places.numpy(), kind="stable")
+    starts = np.zeros(rows + 1, dtype=np.int64)
+    np.cumsum(np.bincount(places.numpy(), minlength=rows), out=starts[1:])
     library.slidetune_sum_rows(
         threads,
         width,
         rows,
-        starts.data_ptr(),
-        order.data_ptr(),
+        starts.ctypes.data,
+        order.ctypes.data,
         upstream.data_ptr(),
         out.data_ptr(),
         out.dtype == torch.float32,
