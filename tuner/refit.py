@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from slidetune.builder import EMBEDDING
 from slidetune.gpu_time import gpu_seconds
 from slidetune.hardware import Figure, HardwareProfile, KernelTime
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE
@@ -46,9 +47,9 @@ _GPU_KINDS = {
     "head": "GPU head and loss",
 }
 _LANES = {H2D: "uploads", D2H: "downloads", CPU_ADAM: "CPU Adam", NVME_READ: "NVMe reads", NVME_WRITE: "NVMe writes"}
-# Rows of the embedding are gathered by the CPU, and scattered rows updated: their time is not the link's, nor DRAM's.
+# Rows of the embedding are gathered, summed and updated here and there: their time is not the link's, nor DRAM's.
 _HOST, _DRIVE = frozenset({H2D, D2H, CPU_ADAM}), frozenset({NVME_READ, NVME_WRITE})
-_NOT_STREAMED = frozenset({"gather", "adam rows", "adam rest"})
+_SCATTERED = frozenset({"adam rows", "adam rest"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,11 @@ class _Figures:
         self.replay = replay
         self.judge_before = Judge(replay, profile)
         self.moved: dict[str, _Clue] = {}
-        streamed = [task for task in replay.tasks if task.work.op not in _NOT_STREAMED and task.seconds > 0]
+        streamed = [
+            task
+            for task in replay.tasks
+            if task.unit != EMBEDDING and task.work.op not in _SCATTERED and task.seconds > 0
+        ]
         self._by_lane = {lane: [task for task in streamed if task.work.lane == lane] for lane in _LANES}
         self._all = self._kinds_of(streamed)
         self._clues = [clue for clue in self._find_clues() if self._counts(clue)]
@@ -208,6 +213,9 @@ class _Figures:
         for lane, path in ((H2D, "host.upload_dram_weight"), (D2H, "host.download_dram_weight")):
             beside = _beside(tasks, {lane}) or _beside(tasks, {H2D, D2H})
             yield _clue(path, f"CPU Adam beside {_LANES[lane]}", [beside])
+        # DRAM that is short is shared out: who loses more than the profile says has less of a say.
+        for lane, path in ((H2D, "host.upload_priority"), (D2H, "host.download_priority")):
+            yield _clue(path, f"{_LANES[lane]} beside CPU Adam", [_beside(self._by_lane[lane], {CPU_ADAM})])
 
     def _rate(self, path: str, tasks: list[Ran]) -> _Clue:
         """A lane's own rate: its tasks with the machine to themselves tell, or all where none ever has it."""

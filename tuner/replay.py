@@ -28,6 +28,7 @@ class Ran:
     """One measured task."""
 
     work: Work
+    unit: int
     number: int
     """Of its work."""
     seconds: float
@@ -59,11 +60,11 @@ class Replay:
         numbers: dict[Work, int] = {}
         self.tasks: list[Ran] = []
         for row in rows:
-            work = schedule.tasks[row.task].work
+            work, unit = schedule.tasks[row.task][:2]
             number = numbers.setdefault(work, len(numbers))
             if number == len(self.works):
                 self.works.append(work)
-            self.tasks.append(Ran(work, number, row.end_s - row.start_s))
+            self.tasks.append(Ran(work, unit, number, row.end_s - row.start_s))
         self._find_parts(rows)
 
     def _find_parts(self, rows: Sequence[TraceRow]) -> None:
