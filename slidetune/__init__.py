@@ -23,6 +23,7 @@ _HOME = {
     "validate": "slidetune.validating",
     "validate_grid": "slidetune.grid",
     "validate_recorded": "slidetune.validating",
+    "tune_loop": "slidetune.tuning_loop",
     "report": "slidetune.reporting",
     "validation_report": "slidetune.reporting",
     "machine": "slidetune.machines",

@@ -122,6 +122,19 @@ class How:
     def record(self, case: Case) -> Path:
         return self.directory / f"{case.name}{SUFFIX}"
 
+    def run(self, one: Foreseen) -> str:
+        """Run a case; what went wrong, or nothing."""
+        return run_apart(
+            one.plan,
+            one.kernels,
+            self.record(one.case),
+            profile=self.profile,
+            steps=self.steps,
+            device=self.device,
+            nvme_dir=self.nvme_dir,
+            seed=self.seed,
+        )
+
 
 def validate_grid(
     grid: str | Path,
@@ -164,7 +177,7 @@ def validate_grid(
         progress(done, len(waiting), f"running {one.case.name}")
         if time.perf_counter() > until:
             not_started.append(one.case.name)
-        elif failed := _run(one.plan, one.kernels, how.record(one.case), how):
+        elif failed := how.run(one):
             failures.append(Failure(one.case.name, failed))
             _write_failures(how.directory, failures)
             note(f"{one.case.name}: failed. {failed}")
@@ -344,15 +357,25 @@ def _write(path: Path, value: object) -> None:
 # --- The runs
 
 
-def _run(plan: Plan, kernels: str, record: Path, how: How) -> str:
-    """Run a plan in a process of its own; what went wrong, or nothing."""
+def run_apart(
+    plan: Plan,
+    kernels: str,
+    record: Path,
+    *,
+    profile: str | Path,
+    steps: int,
+    device: str | None,
+    nvme_dir: str | Path | None,
+    seed: int,
+) -> str:
+    """Run a plan in a process of its own and record it; returns what went wrong, or nothing. See `validate`."""
     with tempfile.TemporaryDirectory() as folder:
         file = write_plan(Path(folder) / "plan.yaml", plan)
         command = [sys.executable, "-m", "slidetune", "validate", file, "--json"]
-        command += ["--profile", how.profile, "--kernels", kernels, "--record", record]
-        command += ["--steps", how.steps, "--seed", how.seed]
-        command += ["--device", how.device] if how.device else []
-        command += ["--nvme-dir", how.nvme_dir] if how.nvme_dir else []
+        command += ["--profile", profile, "--kernels", kernels, "--record", record]
+        command += ["--steps", steps, "--seed", seed]
+        command += ["--device", device] if device else []
+        command += ["--nvme-dir", nvme_dir] if nvme_dir else []
         ended = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if ended.returncode == 0:
         return ""

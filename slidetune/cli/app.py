@@ -15,6 +15,7 @@ from slidetune.cli.plan import plan
 from slidetune.cli.profile import profile
 from slidetune.cli.run import run
 from slidetune.cli.simulate import report, simulate
+from slidetune.cli.tune_loop import tune_loop
 from slidetune.cli.validate import validate
 from slidetune.errors import SlidetuneError
 
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (plan, run, validate, profile, simulate, report, fit, gpus, models, schema):
+for command in (plan, run, validate, tune_loop, profile, simulate, report, fit, gpus, models, schema):
     app.command()(command)
 
 

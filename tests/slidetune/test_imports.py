@@ -21,7 +21,8 @@ def layer(module: str) -> str:
     second = parts[1] if len(parts) > 1 else ""
     if second in ("simulator", "runtime", "traces", "tuner"):
         return second
-    return "top" if second in ("cli", "api", "reporting", "validating", "grid", "__main__") else "vocabulary"
+    top = ("cli", "api", "reporting", "validating", "grid", "tuning_loop", "__main__")
+    return "top" if second in top else "vocabulary"
 
 
 def only_for_types(node: ast.AST) -> bool:
