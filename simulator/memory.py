@@ -1,7 +1,8 @@
 """Memory of each tier over a step: who owns what when, and which owners make the peak.
 
-Pools are arenas, allocated for the whole run, so their bytes count throughout; the working sets of GPU tasks
-come and go. What of each pool is *in use* follows from the holds, and shows where an arena stands idle.
+Most pools are arenas, allocated for the whole run, so their bytes count throughout; transient ones and the working
+sets of GPU tasks come and go. What of each pool is *in use* follows from the holds, and shows where an arena stands
+idle.
 """
 
 from __future__ import annotations
@@ -70,8 +71,11 @@ def tier_memory(schedule: Schedule, rows: list[TraceRow], step_s: float, tier: s
         {0.0, *(t for parts in (*spans.values(), working) for s, e, _ in parts for t in (s, e) if t < step_s)}
     )
 
-    allocated = {pool.name: (pool.bytes,) * len(times) for pool in schedule.pools_of(tier)}
     used = {name: _sums(parts, times) for name, parts in spans.items()}
+    allocated = {
+        pool.name: used.get(pool.name, ()) if pool.transient else (pool.bytes,) * len(times)
+        for pool in schedule.pools_of(tier)
+    }
     if working:
         allocated[WORKING_SET] = used[WORKING_SET] = _sums(working, times, together=max)
     totals = [sum(values[i] for values in allocated.values()) for i in range(len(times))] or [0]

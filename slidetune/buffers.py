@@ -22,6 +22,8 @@ from slidetune.schedule import Pool
 LOAD_SLOTS = 2
 # One layer's gradient comes down while the next one's is computed.
 GRADIENT_SLOTS = 2
+# What autograd keeps of a layer from its forward to its backward pass, as far as it stays on the GPU.
+KEPT = "kept activations"
 # Optimizer state between NVMe and Adam: read ahead, updated, written back, and one to spare.
 STATE_STAGING_SLOTS = 4
 
@@ -58,7 +60,7 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("head gradient", 1, FP32_BYTES * model.head_gradient_elements),
         ("hidden states", micro_batches + LOAD_SLOTS, hidden),
         ("saved inputs", plan.activations.gpu * micro_batches, hidden),
-        ("kept activations", plan.recompute.keep * micro_batches, inner),
+        (KEPT, plan.recompute.keep * micro_batches, inner),
         ("activations in transit", LOAD_SLOTS if plan.recompute.offload else 0, inner),
         ("resident layers", 1, STATE_BYTES_PER_PARAM * held.resident + BF16_BYTES * held.resident_frozen),
         ("resident weights", 1, BF16_BYTES * held.staying),
@@ -91,7 +93,7 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("saved inputs (NVMe)", plan.activations.nvme * micro_batches, hidden),
     ]
     return [
-        Pool(name=name, tier=tier, slots=slots, slot_bytes=slot_bytes, page_locked=locked)
+        Pool(name=name, tier=tier, slots=slots, slot_bytes=slot_bytes, page_locked=locked, transient=name == KEPT)
         for tier, locked, rows in (
             ("gpu", False, gpu),
             ("ram", True, page_locked),
@@ -132,24 +134,38 @@ def head_working_bytes(model: ModelSpec, plan: Plan, kernels: str) -> int:
 
 def working_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> int:
     """The largest working set of any GPU task of the plan."""
+    return max(_working_sets(model, plan, kernels))
+
+
+def _working_sets(model: ModelSpec, plan: Plan, kernels: str) -> tuple[int, int]:
+    """The largest working sets: of tasks beside which kept activations lie, and of backward passes with recomputation,
+    which come when the kept ones are used up."""
     recomputing = len(model.layers) - plan.recompute.keep - plan.recompute.offload
     # Layers of one kind share a figure; a dictionary keeps the arithmetic short for deep models.
     kinds = {
         (id(u.kernels(kernels)), u.largest_tensor, i < recomputing): (u, i < recomputing)
         for i, u in enumerate(model.layers)
     }
-    return max(
+    beside = [
         head_working_bytes(model, plan, kernels),
         *(forward_working_bytes(u, plan, kernels) for u, _ in kinds.values()),
-        *(backward_working_bytes(u, plan, kernels, recomputed=r) for u, r in kinds.values()),
-    )
+        *(backward_working_bytes(u, plan, kernels, recomputed=False) for u, again in kinds.values() if not again),
+    ]
+    after = [backward_working_bytes(u, plan, kernels, recomputed=True) for u, again in kinds.values() if again]
+    return max(beside), max(after, default=0)
 
 
 def peak_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> dict[str, int]:
-    """What each tier must hold: its pools, and on the GPU the largest working set beside them."""
-    total = {"gpu": working_bytes(model, plan, kernels), "ram": 0, "nvme": 0}
+    """What each tier must hold at most: its pools, and on the GPU working sets beside them."""
+    total = {"gpu": 0, "ram": 0, "nvme": 0}
+    kept = 0
     for pool in pools(model, plan, kernels):
-        total[pool.tier] += pool.bytes
+        if pool.transient:
+            kept += pool.bytes
+        else:
+            total[pool.tier] += pool.bytes
+    beside, after = _working_sets(model, plan, kernels)
+    total["gpu"] += max(kept + beside, after)
     return total
 
 

@@ -11,6 +11,7 @@ what a tier must hold is known before anything runs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -62,13 +63,16 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """Equal slots in one tier, allocated for the whole run. One slot of a reserved size is a pool too."""
+    """Equal slots in one tier, allocated for the whole run unless transient. One slot of a reserved size is a pool
+    too."""
 
     name: str
     tier: str
     slots: int
     slot_bytes: int
     page_locked: bool = False
+    transient: bool = False
+    """A slot exists only while it is held: autograd makes what is in it."""
 
     @property
     def bytes(self) -> int:
@@ -120,5 +124,17 @@ class Schedule:
         return max((task.work.working_bytes for task in self.tasks), default=0)
 
     def peak_bytes(self, tier: str) -> int:
-        """What the tier must hold: all its pools, and on the GPU the largest working set."""
-        return sum(pool.bytes for pool in self.pools_of(tier)) + (self.working_bytes() if tier == "gpu" else 0)
+        """What the tier must hold: its pools, and on the GPU what a task needs beside them at most: its working set
+        and the transient slots held meanwhile."""
+        lasting = sum(pool.bytes for pool in self.pools_of(tier) if not pool.transient)
+        return lasting + (self._passing_bytes() if tier == "gpu" else 0)
+
+    def _passing_bytes(self) -> int:
+        changes = [0] * (len(self.tasks) + 1)
+        for hold in self.holds:
+            pool = self.pools[hold.pool]
+            if pool.transient:
+                changes[hold.first] += pool.slot_bytes
+                changes[max(hold.last) + 1] -= pool.slot_bytes
+        held = itertools.accumulate(changes)
+        return max((task.work.working_bytes + slots for task, slots in zip(self.tasks, held, strict=False)), default=0)

@@ -24,8 +24,10 @@ _RAM_STEP, _GPU_STEP = 16, 4
 def does_not_fit(model: ModelSpec, profile: HardwareProfile, plan: Plan, what: str) -> DoesNotFit:
     """The error for a plan that overflows some tier of the machine. `what` begins the sentence."""
     kernels = profile.gpu.kernels
-    pools = buffers.pools(model, plan, kernels)
-    working = buffers.working_bytes(model, plan, kernels)
+    pools = [pool for pool in buffers.pools(model, plan, kernels) if not pool.transient]
+    # With what is kept beside it.
+    on_gpu = sum(pool.bytes for pool in pools if pool.tier == "gpu")
+    working = buffers.peak_bytes(model, plan, kernels)["gpu"] - on_gpu
     gentlest = itertools.islice(_changes_of_the_plan(model, profile, plan), _PLANS_NAMED)
     hint = [*gentlest, *_changes_of_the_machine(model, profile, plan)]
     return overflow_error(what, profile, pools, working, hint)

@@ -161,7 +161,10 @@ def test_peaks_known_beforehand_are_those_of_the_schedule(drawn):
         schedule = build(model, plan, kernels)
         assert buffers.working_bytes(model, plan, kernels) == schedule.working_bytes()
         peaks = buffers.peak_bytes(model, plan, kernels)
-        assert peaks == {tier: schedule.peak_bytes(tier) for tier in ("gpu", "ram", "nvme")}
+        exact = {tier: schedule.peak_bytes(tier) for tier in ("gpu", "ram", "nvme")}
+        # What is kept is taken to be there all along with the largest working set beside it: a bound.
+        assert exact["gpu"] <= peaks["gpu"] <= exact["gpu"] + (plan.recompute.keep > 0) * schedule.working_bytes()
+        assert (exact["ram"], exact["nvme"]) == (peaks["ram"], peaks["nvme"])
         assert peaks["gpu"] > schedule.working_bytes()
 
 

@@ -109,9 +109,9 @@ def test_the_message_has_the_real_figures(case):
     assert stated == {names[tier]: lacks for tier, lacks in over.items() if lacks > 0}
     held = {pool.name: pool for pool in buffers.pools(model, plan, profile.gpu.kernels)}
     for tier in TIERS:
-        owners = {name: pool.bytes for name, pool in held.items() if pool.tier == tier}
+        owners = {name: pool.bytes for name, pool in held.items() if pool.tier == tier and not pool.transient}
         if tier == "gpu":
-            owners["working set"] = buffers.working_bytes(model, plan, profile.gpu.kernels)
+            owners["working set"] = needs["gpu"] - sum(owners.values())
         if over[tier] > 0:
             largest = max(owners, key=owners.get)
             assert f"most of it {largest} {format_bytes(owners[largest])}" in message
