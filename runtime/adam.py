@@ -10,7 +10,8 @@ nearest even; fma(a, b, c) is a * b + c rounded once; the coefficients are compu
     d  = sqrt(v') / sqrt(1 - beta2**step) + eps
     p' = p * (1 - lr * weight_decay) - (lr / (1 - beta1**step) * m') / d
 
-A NaN among m', v', p' is stored as 0x7FC00000 (`split` says why).
+A NaN among m', v', p' is stored as 0x7FC00000 (`split` says why). The sign of v, which has none, keeps the master's
+`down` bit: v is read as its absolute value.
 
 This is what the vectorised loop of `torch._fused_adamw_` computes on an fp32 master with AVX2 or AVX-512, bit for
 bit. torch itself departs from it in the last `numel % 16` elements of each thread's share, which it computes in fp64,
@@ -110,7 +111,7 @@ def adam_step(
         high: bf16 halves of the master (see `split`).
         low: int16 remainders of the master.
         exp_avg: fp32 first moment.
-        exp_avg_sq: fp32 second moment.
+        exp_avg_sq: fp32 second moment, its sign the master's `down` bit (see `split`).
         grad: bf16 or fp32 gradient; read only.
         hyper: hyper-parameters of this call.
         step: number of this optimizer step, the first being 1.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slidetune.runtime.split import join, quiet_nans, split
+from slidetune.runtime.split import join, quiet_nans, set_down, split
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,14 +59,16 @@ def rows_step(
 
 
 def _block(high: Tensor, low: Tensor, m: Tensor, v: Tensor, grad: Tensor, c: Coefficients) -> None:
+    down = v.signbit()
+    v.abs_()
     g = grad.float() * c.grad_scale
     m.copy_(_fma(c.lerp, g - m, g if c.lerp_from_grad else m))
     v.copy_(_fma(g * c.one_minus_beta2, g, v * c.beta2))
     denominator = (torch.from_numpy(np.sqrt(v.numpy())) / c.sqrt_correction2).add_(c.eps)
-    parameter = join(high, low).mul_(c.decay).sub_((m * c.step_size).div_(denominator))
+    parameter = join(high, low, down).mul_(c.decay).sub_((m * c.step_size).div_(denominator))
     for tensor in (m, v, parameter):
         quiet_nans(tensor)
-    split(parameter, out=(high, low))
+    set_down(v, split(parameter, out=(high, low, down))[2])
 
 
 def _fma(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:

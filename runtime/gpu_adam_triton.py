@@ -42,8 +42,9 @@ def _adam(
     inside = at < count
     g = tl.load(grad + at, inside).to(tl.bfloat16).to(tl.float32) * grad_scale
     m = tl.load(exp_avg + at, inside)
-    v = tl.load(exp_avg_sq + at, inside)
-    upper = tl.load(high + at, inside).to(tl.int32) << 16
+    signed = tl.load(exp_avg_sq + at, inside).to(tl.int32, bitcast=True)
+    v = (signed & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    upper = (tl.load(high + at, inside).to(tl.int32) + tl.where(signed < 0, 1, 0)) << 16
     p = (upper + tl.load(low + at, inside).to(tl.int32)).to(tl.float32, bitcast=True)
     start = g if lerp_from_grad else m
     m = tl.fma(tl.full((block,), 1.0, tl.float32) * lerp, g - m, start)
@@ -52,8 +53,10 @@ def _adam(
     p = p * decay - tl.div_rn(m * step_size, denominator)
     bits = _quiet(p)
     tl.store(exp_avg + at, _quiet(m).to(tl.float32, bitcast=True), inside)
-    tl.store(exp_avg_sq + at, _quiet(v).to(tl.float32, bitcast=True), inside)
-    tl.store(high + at, ((bits + 0x8000) >> 16).to(tl.int16), inside)
+    # A tie that goes down to even is marked by the sign of the second moment.
+    down = tl.where((bits & 0x1FFFF) == 0x8000, 1, 0) << 31
+    tl.store(exp_avg_sq + at, (_quiet(v) | down).to(tl.float32, bitcast=True), inside)
+    tl.store(high + at, ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16), inside)
     tl.store(low + at, bits.to(tl.int16), inside)
 
 

@@ -181,6 +181,7 @@ def write_master(
     if drive is not None:
         high = torch.empty(layout.total, dtype=torch.bfloat16) if high is None else high
         low = torch.empty(layout.trained, dtype=torch.int16)
+    downs: list[tuple[int, Tensor]] = []
     for entry, pieces in parts:
         for first, values in pieces:
             span = slice(entry.start + first, entry.start + first + values.numel())
@@ -190,19 +191,26 @@ def write_master(
                 if entry.hyper is not None:
                     low[span].zero_()
                 continue
-            upper, lower = split(values.to(device=high.device, dtype=torch.float32))
+            upper, lower, down = split(values.to(device=high.device, dtype=torch.float32))
             high[span].copy_(upper)
             if entry.hyper is not None:
                 low[span].copy_(lower)
+                downs.append((span.start, down.nonzero().flatten()))
     if drive is None:
         master.state.exp_avg.zero_()
         master.state.exp_avg_sq.zero_()
+        for start, places in downs:
+            # Minus zero: the sign is the split master's.
+            master.state.exp_avg_sq[start + places] = -0.0
         return
     for number in range(-(-layout.trained // drive.chunk)):
         span = slice(number * drive.chunk, min((number + 1) * drive.chunk, layout.trained))
         staged = drive.staged(slot, number)
         staged.exp_avg.zero_()
         staged.exp_avg_sq.zero_()
+        for start, places in downs:
+            here = start + places
+            staged.exp_avg_sq[here[(here >= span.start) & (here < span.stop)] - span.start] = -0.0
         staged.low.copy_(low[span])
         if drive.whole:
             staged.high.copy_(high[span])
@@ -216,15 +224,18 @@ def read_master(master: Master, slot: Tensor | None = None) -> Tensor:
     """A unit's parameters as a flat fp32 CPU tensor of all its elements (frozen ones have no remainder)."""
     layout = master.layout
     if master.drive is None:
-        high, low = master.high.cpu(), master.state.low.cpu()
+        high, low, down = master.high.cpu(), master.state.low.cpu(), master.state.exp_avg_sq.signbit().cpu()
     else:
         drive = master.drive
         high = _read_halves(drive) if drive.whole else master.high.clone()
         low = torch.empty(layout.trained, dtype=torch.int16)
+        down = torch.empty(layout.trained, dtype=torch.bool)
         for number in range(-(-layout.trained // drive.chunk)):
             drive.read_state(slot, number)
-            low[number * drive.chunk : number * drive.chunk + drive._count(number)] = drive.staged(slot, number).low
-    return torch.cat((join(high[: layout.trained].contiguous(), low), high[layout.trained :].float()))
+            staged = drive.staged(slot, number)
+            span = slice(number * drive.chunk, number * drive.chunk + drive._count(number))
+            low[span], down[span] = staged.low, staged.exp_avg_sq.signbit()
+    return torch.cat((join(high[: layout.trained].contiguous(), low, down), high[layout.trained :].float()))
 
 
 def unit_weights(master: Master, slot: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:

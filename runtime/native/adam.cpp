@@ -45,6 +45,8 @@ struct Arrays {
 };
 
 constexpr uint32_t kQuietNan = 0x7FC00000u;
+// A tie that is rounded down to an even half is marked by the sign of the second moment (split.py).
+constexpr uint32_t kSign = 0x80000000u, kTieMask = 0x1FFFFu, kTieDown = 0x8000u;
 
 float from_bits(uint32_t bits) {
   float value;
@@ -67,17 +69,18 @@ INLINE void element(const Arrays& a, int64_t i, const Coefficients& c) {
   float g = kGradBf16 ? from_bits(uint32_t(static_cast<const uint16_t*>(a.grad)[i]) << 16)
                       : static_cast<const float*>(a.grad)[i];
   g *= c.grad_scale;
-  float m = a.exp_avg[i], v = a.exp_avg_sq[i];
-  float p = from_bits((uint32_t(a.high[i]) << 16) + uint32_t(int32_t(a.low[i])));
+  const uint32_t signed_v = to_bits(a.exp_avg_sq[i]);
+  float m = a.exp_avg[i], v = from_bits(signed_v & ~kSign);
+  float p = from_bits((uint32_t(a.high[i]) << 16) + uint32_t(int32_t(a.low[i])) + ((signed_v >> 31) << 16));
   m = __builtin_fmaf(c.lerp, g - m, c.lerp_from_grad ? g : m);
   v = __builtin_fmaf(c.one_minus_beta2 * g, g, v * c.beta2);
   // The builtin is the one correctly rounded instruction where there is one, else libm's, which is too.
   const float denominator = __builtin_sqrtf(v) / c.sqrt_correction2 + c.eps;
   p = p * c.decay - c.step_size * m / denominator;
   a.exp_avg[i] = quiet(m);
-  a.exp_avg_sq[i] = quiet(v);
   const uint32_t bits = to_bits(quiet(p));
-  a.high[i] = uint16_t((bits + 0x8000u) >> 16);
+  a.exp_avg_sq[i] = from_bits(to_bits(quiet(v)) | ((bits & kTieMask) == kTieDown ? kSign : 0u));
+  a.high[i] = uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
   a.low[i] = int16_t(uint16_t(bits));
 }
 
@@ -140,7 +143,9 @@ TARGET_AVX2 void avx2(const Arrays& a, int64_t begin, int64_t end, const Coeffic
   const __m256 scale = _mm256_set1_ps(c.grad_scale), lerp = _mm256_set1_ps(c.lerp), beta2 = _mm256_set1_ps(c.beta2),
                rest2 = _mm256_set1_ps(c.one_minus_beta2), correction = _mm256_set1_ps(c.sqrt_correction2),
                eps = _mm256_set1_ps(c.eps), rate = _mm256_set1_ps(c.step_size), decay = _mm256_set1_ps(c.decay);
-  const __m256i zero = _mm256_setzero_si256(), half = _mm256_set1_epi32(0x8000), mask = _mm256_set1_epi32(0xFFFF);
+  const __m256i zero = _mm256_setzero_si256(), half = _mm256_set1_epi32(0x7FFF), mask = _mm256_set1_epi32(0xFFFF),
+                one = _mm256_set1_epi32(1), sign = _mm256_set1_epi32(int(kSign)),
+                tie_mask = _mm256_set1_epi32(int(kTieMask)), tie_down = _mm256_set1_epi32(int(kTieDown));
   int64_t i = begin;
   for (; i + 16 <= end; i += 16) {
     prefetch<kGradBf16, 16>(a, i);
@@ -161,14 +166,18 @@ TARGET_AVX2 void avx2(const Arrays& a, int64_t begin, int64_t end, const Coeffic
       float* const m_at = a.exp_avg + i + 8 * k;
       float* const v_at = a.exp_avg_sq + i + 8 * k;
       g[k] = _mm256_mul_ps(g[k], scale);
-      __m256 m = _mm256_loadu_ps(m_at), v = _mm256_loadu_ps(v_at), p = _mm256_castsi256_ps(bits[k]);
+      const __m256i signed_v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v_at));
+      bits[k] = _mm256_add_epi32(bits[k], _mm256_slli_epi32(_mm256_srli_epi32(signed_v, 31), 16));
+      __m256 m = _mm256_loadu_ps(m_at), v = _mm256_castsi256_ps(_mm256_andnot_si256(sign, signed_v)),
+             p = _mm256_castsi256_ps(bits[k]);
       m = _mm256_fmadd_ps(lerp, _mm256_sub_ps(g[k], m), c.lerp_from_grad ? g[k] : m);
       v = _mm256_fmadd_ps(_mm256_mul_ps(rest2, g[k]), g[k], _mm256_mul_ps(v, beta2));
       const __m256 denominator = _mm256_add_ps(_mm256_div_ps(_mm256_sqrt_ps(v), correction), eps);
       p = _mm256_sub_ps(_mm256_mul_ps(p, decay), _mm256_div_ps(_mm256_mul_ps(rate, m), denominator));
-      _mm256_storeu_ps(m_at, m);
-      _mm256_storeu_ps(v_at, v);
       bits[k] = _mm256_castps_si256(p);
+      const __m256i down = _mm256_cmpeq_epi32(_mm256_and_si256(bits[k], tie_mask), tie_down);
+      _mm256_storeu_ps(m_at, m);
+      _mm256_storeu_ps(v_at, _mm256_or_ps(v, _mm256_castsi256_ps(_mm256_and_si256(down, sign))));
     }
     const __m256 nan = _mm256_cmp_ps(_mm256_castsi256_ps(bits[0]), _mm256_castsi256_ps(bits[1]), _CMP_UNORD_Q);
     if (__builtin_expect(!_mm256_testz_ps(nan, nan), 0)) {
@@ -179,8 +188,12 @@ TARGET_AVX2 void avx2(const Arrays& a, int64_t begin, int64_t end, const Coeffic
         bits[k] = _mm256_castps_si256(quiet8(_mm256_castsi256_ps(bits[k])));
       }
     }
-    store_halves16(a.high + i, _mm256_srli_epi32(_mm256_add_epi32(bits[0], half), 16),
-                   _mm256_srli_epi32(_mm256_add_epi32(bits[1], half), 16));
+    __m256i rounded[2];
+    for (int k = 0; k < 2; ++k) {
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits[k], 16), one);
+      rounded[k] = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits[k], half), odd), 16);
+    }
+    store_halves16(a.high + i, rounded[0], rounded[1]);
     store_halves16(a.low + i, _mm256_and_si256(bits[0], mask), _mm256_and_si256(bits[1], mask));
   }
   for (; i < end; ++i) element<kGradBf16>(a, i, c);
@@ -207,7 +220,9 @@ TARGET_AVX512 void avx512(const Arrays& a, int64_t begin, int64_t end, const Coe
   const __m512 scale = _mm512_set1_ps(c.grad_scale), lerp = _mm512_set1_ps(c.lerp), beta2 = _mm512_set1_ps(c.beta2),
                rest2 = _mm512_set1_ps(c.one_minus_beta2), correction = _mm512_set1_ps(c.sqrt_correction2),
                eps = _mm512_set1_ps(c.eps), rate = _mm512_set1_ps(c.step_size), decay = _mm512_set1_ps(c.decay);
-  const __m512i zero = _mm512_setzero_si512(), half = _mm512_set1_epi32(0x8000), mask = _mm512_set1_epi32(0xFFFF);
+  const __m512i zero = _mm512_setzero_si512(), half = _mm512_set1_epi32(0x7FFF), mask = _mm512_set1_epi32(0xFFFF),
+                one = _mm512_set1_epi32(1), sign = _mm512_set1_epi32(int(kSign)),
+                tie_mask = _mm512_set1_epi32(int(kTieMask)), tie_down = _mm512_set1_epi32(int(kTieDown));
   int64_t i = begin;
   for (; i + 32 <= end; i += 32) {
     prefetch<kGradBf16, 32>(a, i);
@@ -227,14 +242,19 @@ TARGET_AVX512 void avx512(const Arrays& a, int64_t begin, int64_t end, const Coe
       float* const m_at = a.exp_avg + i + 16 * k;
       float* const v_at = a.exp_avg_sq + i + 16 * k;
       g[k] = _mm512_mul_ps(g[k], scale);
-      __m512 m = _mm512_loadu_ps(m_at), v = _mm512_loadu_ps(v_at), p = _mm512_castsi512_ps(bits[k]);
+      const __m512i signed_v = _mm512_loadu_si512(v_at);
+      bits[k] = _mm512_add_epi32(bits[k], _mm512_slli_epi32(_mm512_srli_epi32(signed_v, 31), 16));
+      __m512 m = _mm512_loadu_ps(m_at), v = _mm512_castsi512_ps(_mm512_andnot_si512(sign, signed_v)),
+             p = _mm512_castsi512_ps(bits[k]);
       m = _mm512_fmadd_ps(lerp, _mm512_sub_ps(g[k], m), c.lerp_from_grad ? g[k] : m);
       v = _mm512_fmadd_ps(_mm512_mul_ps(rest2, g[k]), g[k], _mm512_mul_ps(v, beta2));
       const __m512 denominator = _mm512_add_ps(_mm512_div_ps(_mm512_sqrt_ps(v), correction), eps);
       p = _mm512_sub_ps(_mm512_mul_ps(p, decay), _mm512_div_ps(_mm512_mul_ps(rate, m), denominator));
-      _mm512_storeu_ps(m_at, m);
-      _mm512_storeu_ps(v_at, v);
       bits[k] = _mm512_castps_si512(p);
+      const __mmask16 down = _mm512_cmpeq_epi32_mask(_mm512_and_si512(bits[k], tie_mask), tie_down);
+      const __m512i v_bits = _mm512_castps_si512(v);
+      _mm512_storeu_ps(m_at, m);
+      _mm512_storeu_si512(v_at, _mm512_mask_or_epi32(v_bits, down, v_bits, sign));
     }
     if (__builtin_expect(
             _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits[0]), _mm512_castsi512_ps(bits[1]), _CMP_UNORD_Q) != 0, 0)) {
@@ -245,8 +265,12 @@ TARGET_AVX512 void avx512(const Arrays& a, int64_t begin, int64_t end, const Coe
         bits[k] = _mm512_castps_si512(quiet16(_mm512_castsi512_ps(bits[k])));
       }
     }
-    store_halves32(a.high + i, _mm512_srli_epi32(_mm512_add_epi32(bits[0], half), 16),
-                   _mm512_srli_epi32(_mm512_add_epi32(bits[1], half), 16));
+    __m512i rounded[2];
+    for (int k = 0; k < 2; ++k) {
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits[k], 16), one);
+      rounded[k] = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits[k], half), odd), 16);
+    }
+    store_halves32(a.high + i, rounded[0], rounded[1]);
     store_halves32(a.low + i, _mm512_and_si512(bits[0], mask), _mm512_and_si512(bits[1], mask));
   }
   for (; i < end; ++i) element<kGradBf16>(a, i, c);

@@ -1,7 +1,8 @@
 """The plain PyTorch loop that every plan must equal: no slots, no lanes, no schedule.
 
-bf16 forward and backward of the same transformers module by its own forward; an fp32 master and fp32 moments a
-parameter; AdamW. Gradients of several micro-batches add up in fp32 and are rounded to bf16, in which they travel.
+bf16 forward and backward of the same transformers module by its own forward; fp32 masters, updated by torch's own fused
+AdamW and copied to the bf16 parameters. Gradients of several micro-batches add up in fp32 and are rounded to bf16, in
+which they travel. Nothing of slidetune's arithmetic is used.
 
 SLIDETUNE_TEST_DEVICE=cuda runs the same tests on a GPU. There both sides use kernels that add in whatever order (the
 embedding's gradient, attention's), so equality is to a tolerance: losses to bf16's rounding, weights on average,
@@ -12,6 +13,7 @@ loop itself: the largest distance of a parameter between the GPU and the CPU. Wh
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,8 +21,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slidetune.runtime.adam import AdamW, adam_step
-from slidetune.runtime.split import join, split
+from slidetune.runtime.adam import AdamW
 from slidetune.runtime.trainer import decay_where_it_belongs
 
 DEVICE = os.environ.get("SLIDETUNE_TEST_DEVICE", "cpu")
@@ -48,7 +49,8 @@ class PlainLoop:
         self.accumulation, self.clip_norm = accumulation, clip_norm
         rule = rule or decay_where_it_belongs(optimizer or AdamW())
         self.hyper = {name: rule(name, p) for name, p in model.named_parameters()}
-        self.master = {name: p.detach().float().cpu() for name, p in model.named_parameters()}
+        # Flat, and of whole vectors: torch's kernel computes the elements behind the last one in fp64.
+        self.master = {name: _padded(p.detach().float().cpu()) for name, p in model.named_parameters()}
         self.first = {name: torch.zeros_like(p) for name, p in self.master.items()}
         self.second = {name: torch.zeros_like(p) for name, p in self.master.items()}
         self.updates = 0
@@ -87,27 +89,48 @@ class PlainLoop:
         self.norm = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
         if self.clip_norm is not None:
             scale = float(torch.clamp(self.clip_norm / (torch.tensor(self.norm) + 1e-6), max=1.0))
-        with torch.no_grad():
+        with torch.no_grad(), _one_thread():
             for name, parameter in self.model.named_parameters():
-                if self.hyper[name] is None:
+                hyper = self.hyper[name]
+                if hyper is None:
                     continue
-                gradient = gradients.get(name, torch.zeros_like(parameter, device="cpu")).flatten()
-                high, low = split(self.master[name].flatten())
-                adam_step(
-                    high,
-                    low,
-                    self.first[name].view(-1),
-                    self.second[name].view(-1),
-                    gradient,
-                    hyper=self.hyper[name],
-                    step=self.updates,
-                    grad_scale=scale,
+                gradient = gradients.get(name, torch.zeros_like(parameter, device="cpu")).float() * scale
+                torch._fused_adamw_(
+                    [self.master[name]],
+                    [_padded(gradient)],
+                    [self.first[name]],
+                    [self.second[name]],
+                    [],
+                    [torch.tensor(float(self.updates))],
+                    lr=hyper.lr,
+                    beta1=hyper.beta1,
+                    beta2=hyper.beta2,
+                    weight_decay=hyper.weight_decay,
+                    eps=hyper.eps,
+                    amsgrad=False,
+                    maximize=False,
                 )
-                self.master[name] = join(high, low).view(parameter.shape)
-                parameter.copy_(high.view(parameter.shape))
+                parameter.copy_(self._weights(name, parameter))
+
+    def _weights(self, name, parameter) -> torch.Tensor:
+        return self.master[name][: parameter.numel()].view(parameter.shape)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(self.master)
+        return {name: self._weights(name, p) for name, p in self.model.named_parameters()}
+
+
+def _padded(values: torch.Tensor) -> torch.Tensor:
+    flat = values.flatten()
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % 16))
+
+
+@contextlib.contextmanager
+def _one_thread():
+    """torch's threads cut a tensor into shares, each with a last few elements."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def random_batches(config, plan, count, *, seed=1, padded=False):

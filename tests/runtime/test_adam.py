@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from slidetune.runtime import adam_native
 from slidetune.runtime.adam import AdamW, adam_implementation, adam_implementations, adam_step
 from slidetune.runtime.gpu_adam import adam_step_gpu
-from slidetune.runtime.split import join, split
+from slidetune.runtime.split import join, set_down, split
 
 IMPLEMENTATIONS = adam_implementations()
 HYPERS = {
@@ -73,13 +73,22 @@ def state(kind: str, count: int, grad_dtype: torch.dtype = torch.float32, seed: 
 
 
 def ours(before: State, hyper: AdamW, step: int = 7, grad_scale: float = 1.0, threads: int = 1, **how: str) -> State:
-    high, low = split(before.master)
+    high, low, down = split(before.master)
     after = before.copy()
+    set_down(after.exp_avg_sq, down)
     adam_step(
         high, low, after.exp_avg, after.exp_avg_sq, after.grad,
         hyper=hyper, step=step, grad_scale=grad_scale, threads=threads, **how,
     )  # fmt: skip
-    return replace(after, master=join(high, low))
+    return joined(high, low, after)
+
+
+def joined(high: torch.Tensor, low: torch.Tensor, after: State) -> State:
+    """The state that split master and moments stand for; the half must be what torch rounds the master to."""
+    master = join(high, low, after.exp_avg_sq.signbit())
+    numbers = ~master.isnan()
+    assert torch.equal(high[numbers], master[numbers].bfloat16())
+    return replace(after, master=master, exp_avg_sq=after.exp_avg_sq.abs())
 
 
 def torch_fused(before: State, hyper: AdamW, step: int = 7, grad_scale: float = 1.0) -> State:
@@ -206,18 +215,30 @@ def test_all_implementations_agree_on_any_bits(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_ties_are_rounded_to_even_and_come_back(implementation: str) -> None:
+    """A step that moves nothing, twice, over masters that lie half way between two bf16 numbers."""
+    before = state("usual", 4099)
+    before.master.view(torch.int32).bitwise_and_(-65536).bitwise_or_(0x8000)
+    assert split(before.master)[2].sum() > 1000
+    now = before
+    for step in (1, 2):
+        now = ours(now, AdamW(lr=0.0), step, implementation=implementation)
+        assert torch.equal(now.master.view(torch.int32), before.master.view(torch.int32))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_nan_is_stored_so_that_the_half_shows_it(implementation: str) -> None:
     before = state("usual", 100)
     # CUDA's NaN: rounded to bf16 it would read -0.
     before.grad.view(torch.int32)[::3] = 0x7FFFFFFF
-    high, low = split(before.master)
+    high, low, _ = split(before.master)
     adam_step(
         high, low, before.exp_avg, before.exp_avg_sq, before.grad,
         hyper=AdamW(), step=1, implementation=implementation,
     )  # fmt: skip
     hit = torch.arange(100) % 3 == 0
     assert torch.equal(high.isnan(), hit)
-    for tensor in (join(high, low), before.exp_avg, before.exp_avg_sq):
+    for tensor in (join(high, low, before.exp_avg_sq.signbit()), before.exp_avg, before.exp_avg_sq):
         assert (tensor.view(torch.int32)[hit] == 0x7FC00000).all()
 
 
@@ -228,14 +249,15 @@ def test_odd_lengths_at_odd_addresses_touch_nothing_else(
     implementation: str, grad_dtype: torch.dtype, count: int
 ) -> None:
     around = state("special", count + 9, grad_dtype)
-    high, low = split(around.master)
+    high, low, down = split(around.master)
     after = around.copy()
+    set_down(after.exp_avg_sq, down)
     part = slice(3, 3 + count)
     adam_step(
         high[part], low[part], after.exp_avg[part], after.exp_avg_sq[part], after.grad[part],
         hyper=HYPERS["decay"], step=7, implementation=implementation,
     )  # fmt: skip
-    after.master = join(high, low)
+    after = joined(high, low, after)
     assert_same_bits(after[part], ours(around[part], HYPERS["decay"], implementation="torch"))
     for outside in (slice(0, 3), slice(3 + count, None)):
         assert_same_bits(after[outside], around[outside])
@@ -298,7 +320,7 @@ def test_the_fallback_does_not_depend_on_how_torch_fuses() -> None:
         from slidetune.runtime.split import split
         assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
         torch.manual_seed(0)
-        start = [*split(torch.randn(4099)), torch.randn(4099), torch.rand(4099), torch.randn(4099)]
+        start = [*split(torch.randn(4099))[:2], torch.randn(4099), torch.rand(4099), torch.randn(4099)]
         results = []
         for implementation in adam_implementations():
             tensors = [tensor.clone() for tensor in start]
@@ -318,7 +340,7 @@ def test_a_forked_child_has_a_pool_of_its_own() -> None:
         import os, torch
         from slidetune.runtime.adam import AdamW, adam_step
         from slidetune.runtime.split import split
-        tensors = [*split(torch.ones(100_000)), torch.zeros(100_000), torch.zeros(100_000), torch.ones(100_000)]
+        tensors = [*split(torch.ones(100_000))[:2], torch.zeros(100_000), torch.zeros(100_000), torch.ones(100_000)]
         torch.set_num_threads(1)
         adam_step(*tensors, hyper=AdamW(), step=1, threads=3)
         child = os.fork()
@@ -343,7 +365,7 @@ def test_without_the_native_kernel_torch_is_used(monkeypatch: pytest.MonkeyPatch
 
 def test_wrong_tensors_are_refused_by_name() -> None:
     def arguments(**other: torch.Tensor) -> list[torch.Tensor]:
-        high, low = split(torch.zeros(4))
+        high, low, _ = split(torch.zeros(4))
         named = {"high": high, "low": low, "exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4)}
         return list((named | {"grad": torch.zeros(4)} | other).values())
 
@@ -372,10 +394,12 @@ def test_wrong_tensors_are_refused_by_name() -> None:
 def test_resident_layers_take_the_same_step(device: str, grad_dtype: torch.dtype, kind: str, hyper: AdamW) -> None:
     before = state(kind, 5001, grad_dtype)
     expected = ours(replace(before, grad=before.grad.bfloat16()), hyper, 7, 0.37)
-    parts = (*split(before.master), before.exp_avg.clone(), before.exp_avg_sq.clone(), before.grad)
+    halves = split(before.master)
+    parts = (*halves[:2], before.exp_avg.clone(), before.exp_avg_sq.clone(), before.grad)
+    set_down(parts[3], halves[2])
     high, low, exp_avg, exp_avg_sq, grad = (part.to(device) for part in parts)
     adam_step_gpu(high, low, exp_avg, exp_avg_sq, grad, hyper=hyper, step=7, grad_scale=0.37)
-    found = State(join(high, low).cpu(), exp_avg.cpu(), exp_avg_sq.cpu(), before.grad)
+    found = joined(high.cpu(), low.cpu(), State(before.master, exp_avg.cpu(), exp_avg_sq.cpu(), before.grad))
     for got, want in zip(found.bits(), expected.bits(), strict=True):
         assert torch.equal(got, want)
     torch.testing.assert_close(grad.cpu(), before.grad, rtol=0, atol=0, equal_nan=True)

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from slidetune.runtime.adam import AdamW, adam_implementations, adam_rows, adam_step
 from slidetune.runtime.masters import State
 from slidetune.runtime.rows import RowGradients, RowTables
-from slidetune.runtime.split import split
+from slidetune.runtime.split import set_down, split
 
 FAST, SLOW = AdamW(lr=0.1, weight_decay=0.1), AdamW(lr=0.01)
 WIDTH = 4
@@ -113,8 +113,10 @@ def test_rows_are_updated_in_place_as_all_are(implementation, has_dense, width):
 
 def wide_state(count):
     generator = torch.Generator().manual_seed(2)
-    high, low = split(torch.randn(count, generator=generator))
-    return State(high, low, torch.randn(count, generator=generator), torch.rand(count, generator=generator))
+    high, low, down = split(torch.randn(count, generator=generator))
+    state = State(high, low, torch.randn(count, generator=generator), torch.rand(count, generator=generator))
+    set_down(state.exp_avg_sq, down)
+    return state
 
 
 @pytest.mark.parametrize(("rows", "places"), [([5], [0]), ([-1], [0]), ([0], [1])])
