@@ -24,6 +24,16 @@ def gradient_norm(step: Step) -> float:
     return math.sqrt(float(step.squares) + step.host_squares)
 
 
+def applied(step: Step | None, clip_norm: float | None) -> bool:
+    """Whether an update is made of a step's gradients: not of a loss that is not finite, and where gradients are
+    clipped, not of a norm that is not. All of the gradients must be there."""
+    if step is None or not step.good:
+        return False
+    if clip_norm is not None and not step.accepts_non_finite and not math.isfinite(gradient_norm(step)):
+        step.refused = True
+    return not step.refused
+
+
 def gradient_scale(step: Step, clip_norm: float | None) -> float:
     """What the step's gradients are multiplied by: as torch's clip_grad_norm_, in fp32."""
     if clip_norm is None:

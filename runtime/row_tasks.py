@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slidetune.runtime.clipping import applied
 from slidetune.runtime.rounding import round_in_place
 from slidetune.runtime.rows import RowGradients
 from slidetune.runtime.steps import Step
@@ -76,7 +77,7 @@ def adam_rows(walk: Walk, index: int, task: Task) -> Operation:
 
     def run(step: Step) -> None:
         source = step.source(late=walk.rows_late)
-        if source is None or not source.good or step.rows is None:
+        if step.rows is None or not applied(source, walk.plan.clip_norm):
             return
         ids = step.rows.tensor_split(parts)[part]
         dense = walk.dense
@@ -91,7 +92,7 @@ def adam_rest(walk: Walk, index: int, task: Task) -> Operation:
 
     def run(step: Step) -> None:
         source = step.source(late=walk.rows_late)
-        if source is None or not source.good:
+        if not applied(source, walk.plan.clip_norm):
             return
         but = step.rows if step.rows is not None else torch.zeros(0, dtype=torch.long)
         gradients = source.row_gradients if walk.rows_late else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,28 +11,47 @@ from torch import Tensor, nn
 
 from slidetune.errors import SlidetuneError
 
+# What other saves leave of weights; transformers prefers a single file to an index.
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "pytorch_model.bin.index.json")
+
 
 def save_units(folder: str | Path, model: nn.Module, units: Iterable[dict[str, Tensor]]) -> None:
     """Write the weights of one unit after the other, each to a file of its own, then config and index.
 
-    Raises SlidetuneError if the folder can't be written to.
+    All is written beside the folder's files first, so that they stay what they were if that fails; then weights that
+    were there are replaced. Raises SlidetuneError if the folder can't be written to.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
-    where: dict[str, str] = {}
-    size = 0
+    staging = folder / ".saving"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for number, weights in enumerate(units, start=1):
-            if not weights:
-                continue
-            file = f"model-unit-{number:05d}.safetensors"
-            save_file(weights, folder / file, metadata={"format": "pt"})
-            where |= dict.fromkeys(weights, file)
-            size += sum(tensor.nbytes for tensor in weights.values())
-        index = {"metadata": {"total_size": size}, "weight_map": where}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-        model.config.save_pretrained(folder)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        _write(staging, model, units)
+        stale = {path for pattern in _WEIGHTS for path in folder.glob(pattern)}
+        for path in sorted(staging.iterdir()):
+            path.replace(folder / path.name)
+            stale.discard(folder / path.name)
+        for path in stale:
+            path.unlink()
+        staging.rmdir()
     except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
         raise SlidetuneError(f"{folder}: the model could not be written ({error}).") from error
+
+
+def _write(folder: Path, model: nn.Module, units: Iterable[dict[str, Tensor]]) -> None:
+    from safetensors.torch import save_file
+
+    where: dict[str, str] = {}
+    size = 0
+    for number, weights in enumerate(units, start=1):
+        if not weights:
+            continue
+        file = f"model-unit-{number:05d}.safetensors"
+        save_file(weights, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(weights, file)
+        size += sum(tensor.nbytes for tensor in weights.values())
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    model.config.save_pretrained(folder)

@@ -56,7 +56,7 @@ class Step:
     accepts_non_finite: bool = False
     """Make an update even of a loss that is not finite."""
     refused: bool = False
-    """The loss was not finite: no update is made of it."""
+    """Loss or gradient norm was not finite: no update is made of it."""
     squares: Tensor | None = None
     """fp64 scalar on the device: the sum of the squares of the gradients made there."""
     host_squares: float = 0.0

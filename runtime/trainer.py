@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,7 +87,8 @@ class SlidingTrainer:
         seed: of dropout and of random weights.
         trace: record when each task ran in the last so many steps; see `trace`.
         kernels: eager (transformers' own), liger, or auto: Liger's on CUDA if they are installed.
-        accept_non_finite: make updates of steps whose loss is NaN or infinite too.
+        accept_non_finite: make updates of steps whose loss, or whose norm where gradients are clipped, is NaN or
+            infinite too. (Without clipping nobody looks at gradients: NaN in them, with a finite loss, is applied.)
         loss_chunk_tokens: tokens whose logits exist at a time; by default what the schedule assumes.
 
     Raises:
@@ -178,6 +180,10 @@ class SlidingTrainer:
             raise NonFiniteLoss(
                 f"step {step.number}: the loss is {loss}. The step was refused: the weights are as before it.",
                 "Lower the learning rate, or look at this batch.",
+            )
+        if step.owed is not None and step.owed.refused:
+            warnings.warn(
+                f"step {step.owed.number}: its gradients are not finite. Its update was refused.", stacklevel=2
             )
         self.updates += 1
         self._owed = step

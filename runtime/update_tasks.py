@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slidetune import buffers
 from slidetune.runtime.adam import AdamW, adam_rows, adam_step
-from slidetune.runtime.clipping import gradient_scale
+from slidetune.runtime.clipping import applied, gradient_scale
 from slidetune.runtime.masters import State
 from slidetune.runtime.resident import update_resident
 from slidetune.runtime.rounding import as_rounded
@@ -75,7 +75,7 @@ def adam(walk: Walk, index: int, task: Task) -> Operation:
 
     def run(step: Step) -> None:
         source = step.source(late=walk.deferred)
-        if source is None or not source.good:
+        if not applied(source, walk.plan.clip_norm):
             return
         update = updater(walk, source)
         for low, high, hyper in pieces:
@@ -134,7 +134,7 @@ def adam_gpu(walk: Walk, index: int, task: Task) -> Operation:
             return
         if source.loss_event is not None:
             source.loss_event.synchronize()
-        if source.good:
+        if applied(source, walk.plan.clip_norm):
             scale = gradient_scale(source, walk.plan.clip_norm)
             update_resident(master, gradient, source, scale, walk.plan.adam_threads)
 
