@@ -1,7 +1,7 @@
 """The schedule's pools, allocated: on the device, in page-locked or plain RAM, and in one file on NVMe.
 
 Inner activations on the device, kept or in transit, are the exception: autograd makes those tensors, so torch's
-allocator holds them and their pools are figures in the plan, not arenas.
+allocator holds them and their pools are figures in the plan, not arenas. So are the workspaces of matrix kernels.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from slidetune.buffers import KEPT, WORKSPACES
 from slidetune.runtime.arena import Arena
 from slidetune.runtime.nvme import ALIGNMENT
 from slidetune.schedule import Schedule
@@ -18,7 +19,7 @@ from slidetune.schedule import Schedule
 # Slots start at multiples of this many bytes: what vector loads and matrix kernels want.
 GPU_ALIGNMENT = 512
 # Pools whose tensors autograd makes.
-AUTOGRADS = ("kept activations", "activations in transit")
+AUTOGRADS = (KEPT, "activations in transit")
 # Slots that O_DIRECT reads and writes, with room for the pieces in one slot to be aligned each.
 _DIRECT = ("state staging", "weight staging", "input staging")
 _DIRECT_PIECES = 4
@@ -37,7 +38,7 @@ class Pools:
         self.names = {pool.name for pool in schedule.pools}
         try:
             for pool in schedule.pools:
-                if pool.name in AUTOGRADS or pool.tier == "nvme":
+                if pool.name in (*AUTOGRADS, WORKSPACES) or pool.tier == "nvme":
                     continue
                 size, align = pool.slot_bytes, GPU_ALIGNMENT
                 if pool.name in _DIRECT:

@@ -24,7 +24,7 @@ LOAD_SLOTS = 2
 GRADIENT_SLOTS = 2
 # What cuBLAS takes for itself: 32 MiB a handle on Hopper, of which three are in use. Eleven runs on an H200 had 93 to
 # 105 MiB more than their buffers; other GPUs take less.
-WORKSPACE_BYTES = 96 * 2**20
+WORKSPACES, WORKSPACE_BYTES = "workspaces", 96 * 2**20
 # What autograd keeps of a layer from its forward to its backward pass, as far as it stays on the GPU.
 KEPT = "kept activations"
 # Optimizer state between NVMe and Adam: read ahead, updated, written back, and one to spare.
@@ -68,7 +68,7 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("resident layers", 1, STATE_BYTES_PER_PARAM * held.resident + BF16_BYTES * held.resident_frozen),
         ("resident weights", 1, BF16_BYTES * held.staying),
         ("resident gradients", 1 if deferred else 0, BF16_BYTES * held.resident),
-        ("workspaces", 1, WORKSPACE_BYTES),
+        (WORKSPACES, 1, WORKSPACE_BYTES),
     ]
     page_locked = [
         (

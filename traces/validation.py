@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from slidetune import files
-from slidetune.process_memory import PROCESS_BYTES
+from slidetune.buffers import WORKSPACES
+from slidetune.process_memory import process_bytes
 from slidetune.trace import TraceRow, to_frame
 from slidetune.traces.recorded import RecordedRun
 
@@ -204,11 +205,12 @@ def _memory(prediction: Any, run: RecordedRun) -> dict[str, Beside]:
     schedule, tiers = prediction.schedule, prediction.memory
     on_gpu = tiers["gpu"].peak_bytes
     # On the CPU the device's memory is RAM too.
-    in_ram = tiers["ram"].peak_bytes + (on_gpu if run.device == "cpu" else 0)
+    workspaces = sum(pool.bytes for pool in schedule.pools_of("gpu") if pool.name == WORKSPACES)
+    in_ram = tiers["ram"].peak_bytes + (on_gpu - workspaces if run.device == "cpu" else 0)
     predicted = {
         "gpu": on_gpu,
         "page_locked": sum(pool.bytes for pool in schedule.pools_of("ram") if pool.page_locked),
-        "ram": in_ram + PROCESS_BYTES,
+        "ram": in_ram + process_bytes(run.device),
         "nvme_written": prediction.nvme_written_bytes,
     }
     measured = {**run.measured.peak_bytes, "nvme_written": run.measured.nvme_written_bytes}

@@ -38,6 +38,7 @@ def test_pools_of_llama_8b_by_hand():
         "head weights": ("gpu", 1, 2 * (MATRIX + NORM)),
         "head gradient": ("gpu", 1, 4 * (MATRIX + NORM)),
         "hidden states": ("gpu", 3, hidden),
+        "workspaces": ("gpu", 1, 96 * MIB),
         "weights (bf16)": ("ram", 1, 2 * LLAMA.params),
         "gradient ring": ("ram", chunks + 2, 64 * MIB),
         "embedding rows": ("ram", 2, hidden),

@@ -1,7 +1,7 @@
 """Runs that never were: what a prediction foresees, stretched, as if it had been measured."""
 
 from slidetune.plans import Plan
-from slidetune.process_memory import PROCESS_BYTES
+from slidetune.process_memory import process_bytes
 from slidetune.traces.recorded import MeasuredSteps, RecordedRun, digest
 
 
@@ -10,7 +10,7 @@ def as_if_run(prediction, plan=None, *, stretch=1.0, device="cuda", name="run", 
     by_task = {row.task: row for row in prediction.trace}
     rows = [by_task[task] for task in range(len(prediction.schedule.tasks))]
     peaks = {tier: prediction.memory[tier].peak_bytes for tier in ("gpu", "ram")}
-    peaks["ram"] += PROCESS_BYTES
+    peaks["ram"] += process_bytes("cuda")
     peaks["page_locked"] = sum(pool.bytes for pool in prediction.schedule.pools_of("ram") if pool.page_locked)
     measured = {
         "step_s": (stretch * prediction.step_s,) * 3,

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from slidetune.buffers import WORKSPACE_BYTES
 from slidetune.trace import TraceRow
 from slidetune.traces import plots
 from slidetune.traces.report import write_report
@@ -52,7 +53,8 @@ def test_what_cannot_be_measured_is_not_zero(plain):
     assert as_dict["memory"]["gpu"]["measured_bytes"] is None
     # The device's memory is in RAM then.
     held = sum(plain.memory[tier].peak_bytes for tier in ("gpu", "ram"))
-    assert found.memory["ram"].predicted == pytest.approx(held + 1.5 * 2**30)
+    # Matrix kernels' workspaces are a GPU's, and a process without CUDA is small.
+    assert found.memory["ram"].predicted == pytest.approx(held - WORKSPACE_BYTES + 0.4 * 2**30)
 
 
 def test_without_rows_step_and_memory_still_compare(plain):
