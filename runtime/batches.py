@@ -17,19 +17,21 @@ IGNORED = -100
 _KNOWN = ("input_ids", "attention_mask", "position_ids", "labels")
 
 
-def checked(batch: Mapping[str, Any], plan: Plan, vocab_size: int) -> dict[str, Tensor]:
-    """The batch's tensors on the host, its labels among them. Raises SlidetuneError for one that the plan or the
-    model can't take.
+def checked(batch: Mapping[str, Any], plan: Plan, vocab_size: int, positions: int) -> dict[str, Tensor]:
+    """The batch's tensors on the host, int64, its labels among them. Raises SlidetuneError for one that the plan or
+    the model, of so many positions, can't take.
 
     Labels are as transformers has them: the ids themselves, unshifted, -100 where no loss is wanted. Without them
     every token that is no padding is one.
     """
+    if not isinstance(batch, Mapping):
+        raise SlidetuneError(f"a batch is a mapping of {', '.join(_KNOWN)}, not {type(batch).__name__}.")
     unknown = [name for name, value in batch.items() if name not in _KNOWN and value is not None]
     if unknown:
         raise SlidetuneError(f"the batch has {', '.join(unknown)}; a step takes {', '.join(_KNOWN)}.")
-    if "input_ids" not in batch:
+    if batch.get("input_ids") is None:
         raise SlidetuneError("the batch has no input_ids.")
-    tensors = {name: torch.as_tensor(value).cpu() for name, value in batch.items() if value is not None}
+    tensors = {name: _integers(name, value) for name, value in batch.items() if value is not None}
     ids = tensors["input_ids"]
     if ids.dim() != 2 or ids.shape[0] != plan.batch or not 0 < ids.shape[1] <= plan.seq_len:
         raise SlidetuneError(
@@ -39,14 +41,36 @@ def checked(batch: Mapping[str, Any], plan: Plan, vocab_size: int) -> dict[str, 
     wrong = [name for name, tensor in tensors.items() if tensor.shape != ids.shape]
     if wrong:
         raise SlidetuneError(f"{', '.join(wrong)} must have the shape of input_ids, {tuple(ids.shape)}.")
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-        raise SlidetuneError(f"input_ids go from {int(ids.min())} to {int(ids.max())}; the vocabulary is {vocab_size}.")
-    if "labels" not in tensors:
+    _check_range("input_ids", ids, vocab_size, f"the vocabulary is {vocab_size}")
+    if "position_ids" in tensors:
+        _check_range("position_ids", tensors["position_ids"], positions, f"the model has {positions} positions")
+    if "labels" in tensors:
+        # CUDA would end the process at a label that is no token.
+        counted = tensors["labels"][tensors["labels"] != IGNORED]
+        _check_range("labels", counted, vocab_size, f"the vocabulary is {vocab_size}, and {IGNORED} is no label")
+    else:
         labels = ids.clone()
         if "attention_mask" in tensors:
             labels[tensors["attention_mask"] == 0] = IGNORED
         tensors["labels"] = labels
     return tensors
+
+
+def _integers(name: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SlidetuneError(f"{name} can't be made a tensor of integers: {error}.") from None
+    # A mask may be of truth values.
+    whole = not (tensor.is_floating_point() or tensor.is_complex())
+    if not whole or (tensor.dtype == torch.bool and name != "attention_mask"):
+        raise SlidetuneError(f"{name} must be integers, not {str(tensor.dtype).removeprefix('torch.')}.")
+    return tensor.long()
+
+
+def _check_range(name: str, values: Tensor, end: int, because: str) -> None:
+    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= end):
+        raise SlidetuneError(f"{name} go from {int(values.min())} to {int(values.max())}; {because}.")
 
 
 def shifted(labels: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from slidetune.errors import SlidetuneError
 from slidetune.units import format_bytes
 
 if TYPE_CHECKING:
@@ -30,11 +31,13 @@ ALIGNMENT = 4096
 _RAM_FILE_SYSTEMS = {"tmpfs", "ramfs"}
 
 
-class NvmeError(OSError):
+class NvmeError(SlidetuneError, OSError):
     """An operation on a file of the NVMe tier failed; the text names operation, file and cause."""
 
-    def __str__(self) -> str:
-        return str(self.strerror)
+    def __init__(self, number: int | None, text: str, hint: str = "") -> None:
+        SlidetuneError.__init__(self, text, hint)
+        # Sets errno and strerror.
+        OSError.__init__(self, number, text)
 
 
 class NvmeFile:
@@ -151,6 +154,7 @@ class NvmeFile:
                     error.errno,
                     f"NVMe {operation} of {end - start} bytes at {position} in {self.paths[disk]} failed: "
                     f"{error.strerror or error}",
+                    "Look at the drive's free space and health, or take a folder on another one (--nvme-dir).",
                 ) from error
 
         futures = []
@@ -229,7 +233,11 @@ def _create(path: Path, nbytes: int, direct: bool) -> int:
             os.close(fd)
             raise
     except OSError as error:
-        raise NvmeError(error.errno, f"NVMe file {path} cannot be made: {error.strerror or error}") from error
+        raise NvmeError(
+            error.errno,
+            f"NVMe file {path} cannot be made: {error.strerror or error}",
+            "Give a folder that is there, on a disk with room for it (--nvme-dir).",
+        ) from error
     return fd
 
 

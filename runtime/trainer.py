@@ -15,7 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ from slidetune.builder import build
 from slidetune.errors import DoesNotFit, SlidetuneError
 from slidetune.model import ModelSpec, with_frozen
 from slidetune.models import load_model, model_names
+from slidetune.plan_file import read_plan
 from slidetune.plans import Placement, Plan, place_layers
-from slidetune.runtime import batches, clipping
+from slidetune.runtime import arena, batches, clipping
 from slidetune.runtime.adam import AdamW
 from slidetune.runtime.binding import Parts
 from slidetune.runtime.counted_spec import spec_of
@@ -51,6 +52,9 @@ from slidetune.runtime.walk import Machine
 from slidetune.schedule import Schedule
 from slidetune.trace import TraceRow
 from slidetune.units import format_bytes, format_count
+
+_LESS_GPU = "`slidetune plan --gpu-memory GIB` finds a plan that needs less; so does a smaller window or micro_batch."
+_LESS_RAM = "`slidetune plan --ram GIB` finds a plan that needs less; so does a larger optimizer_nvme, given a drive."
 
 
 class NonFiniteLoss(SlidetuneError):
@@ -78,7 +82,7 @@ class SlidingTrainer:
             tensor by tensor.
         random_weights: `model` is a directory, config.json, hub id or catalog name, of which only the config is
             read; the weights are what the model's own initialisation makes of `seed`.
-        plan: for this model; every knob is honoured, or refused here.
+        plan: for this model, or a plan's file; every knob is honoured, or refused here.
         optimizer: AdamW's hyper-parameters.
         rule: (name, parameter) -> hyper-parameters of this parameter, None to freeze it. By default `optimizer`,
             without weight decay for norms and biases; parameters with `requires_grad=False` are frozen.
@@ -93,13 +97,13 @@ class SlidingTrainer:
 
     Raises:
         SlidetuneError: for a plan, model or machine that don't go together, naming what is in the way.
-        DoesNotFit: if the plan needs more GPU memory than its cap or the device has.
+        DoesNotFit: if the plan needs more GPU memory than its cap or the device has, or more RAM than is available.
     """
 
     def __init__(
         self,
         model: nn.Module | str | Path,
-        plan: Plan,
+        plan: Plan | str | Path,
         *,
         random_weights: bool = False,
         optimizer: AdamW | None = None,
@@ -112,20 +116,23 @@ class SlidingTrainer:
         accept_non_finite: bool = False,
         loss_chunk_tokens: int | None = None,
     ) -> None:
-        self.plan = plan
+        self.plan = plan = _plan(plan)
+        if loss_chunk_tokens is not None and loss_chunk_tokens < 1:
+            raise SlidetuneError(f"loss_chunk_tokens must be at least 1, not {loss_chunk_tokens}.")
         self._accept_non_finite = accept_non_finite
-        self.device = _device(device)
+        self.device = chosen_device(device)
         self._recorded: deque[Recorded] = deque(maxlen=trace + 1 if trace else 0)
         self._pools: Pools | None = None
         self._nvme: NvmeFile | None = None
         self._lanes: Lanes | None = None
         self._closed = False
-        ref, model = model, model if isinstance(model, nn.Module) else skeleton(model)
+        ref, model = model, _causal_model(model) if isinstance(model, nn.Module) else skeleton(model)
         whole = spec_of(model, plan.model)
         _check_same_model(plan, whole)
         self.parts = Parts(model, whole)
         model.train()
         units = unit_layouts(self.parts, rule or decay_where_it_belongs(optimizer or AdamW()))
+        _check_rates(units)
         self.spec: ModelSpec = with_frozen(whole, frozen_counts(units))
         self.kernels = choose_kernels(kernels, model, self.device)
         apply_kernels(self.kernels, model)
@@ -164,7 +171,9 @@ class SlidingTrainer:
         """
         if self._closed:
             raise SlidetuneError("this trainer is closed.")
-        tensors = batches.checked(batch, self.plan, self.spec.vocab_size)
+        if not _is_rate(lr_scale):
+            raise SlidetuneError(f"lr_scale must be a finite number of at least 0, not {lr_scale!r}.")
+        tensors = batches.checked(batch, self.plan, self.spec.vocab_size, self.spec.max_seq_len)
         micro, rows, items = batches.micro_batches(tensors, self.plan, self.parts, self.device)
         step = self._new_step(micro_batches=micro, rows=rows, items=items, lr_scale=lr_scale)
         step.losses = torch.full((len(micro),), math.nan, pin_memory=self.device.type == "cuda")
@@ -317,21 +326,42 @@ class SlidingTrainer:
             raise
 
     def _check_memory(self) -> None:
-        needed = buffers.peak_bytes(self.spec, self.plan, self.kernels)["gpu"]
+        peaks = buffers.peak_bytes(self.spec, self.plan, self.kernels)
+        needed = peaks["gpu"]
         cap = self.plan.gpu_memory_bytes
         if cap is not None and needed > cap:
             raise DoesNotFit(
-                f"the plan needs {format_bytes(needed)} of GPU memory; its gpu_memory_gib allows {format_bytes(cap)}."
+                f"the plan needs {format_bytes(needed)} of GPU memory; its gpu_memory_gib allows {format_bytes(cap)}.",
+                _LESS_GPU,
+            )
+        # Before anything is touched: the system may promise memory that isn't there, and kill whoever uses it.
+        on_host = peaks["ram"] + (needed if self.device.type == "cpu" else 0)
+        free = arena.available_bytes()
+        if on_host > free:
+            raise DoesNotFit(
+                f"the plan needs {format_bytes(on_host)} of RAM; {format_bytes(free)} are available.", _LESS_RAM
             )
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             if needed > free:
                 raise DoesNotFit(
                     f"the plan needs {format_bytes(needed)} of GPU memory; {format_bytes(free)} of "
-                    f"{format_bytes(total)} are free."
+                    f"{format_bytes(total)} are free.",
+                    f"End what else uses the GPU, or: {_LESS_GPU}",
                 )
             if cap is not None:
                 torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), self.device)
+
+    def _make_pools(self) -> Pools:
+        try:
+            return Pools(self.schedule, self.device)
+        # Of RAM the arenas say so; torch's allocators raise RuntimeError.
+        except (MemoryError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise DoesNotFit(
+                f"the plan's buffers could not be allocated: {reason}.",
+                f"End what else uses the memory. For RAM: {_LESS_RAM} For the GPU: {_LESS_GPU}",
+            ) from error
 
     def _set_up(
         self,
@@ -347,7 +377,7 @@ class SlidingTrainer:
         layouts = [unit.owned for unit in units]
         chunk = min(buffers.chunk_params(plan), max(max(u.params for u in spec.layers), 1))
         self._nvme, inputs_at, offset = self._open_nvme(folder, layouts, places, chunk)
-        self._pools = Pools(self.schedule, self.device)
+        self._pools = self._make_pools()
         unit_places = [None, *places, None]
         self._masters: list[Master] = place_masters(layouts, unit_places, self._pools, self._nvme, chunk, offset)
         slot = self._staging()
@@ -415,10 +445,48 @@ class SlidingTrainer:
         if not size:
             return None, {}, 0
         if folder is None:
-            raise SlidetuneError("the plan uses the NVMe tier; where its file goes was not said.", "Give nvme_folder.")
+            raise SlidetuneError(
+                "the plan uses the NVMe tier; where its file goes was not said.",
+                "Give a folder on a disk: nvme_folder, or --nvme-dir DIR on the command line.",
+            )
         if plan.weights_nvme and (2 * chunk) % 4096 and chunk < max(layout.trained for layout in layouts[1:-1]):
             raise SlidetuneError(f"with weights_nvme, chunk_bytes ({plan.chunk_bytes}) must be a multiple of 4096.")
         return NvmeFile(folder, size), {key: n * hidden for n, key in enumerate(inputs)}, offset
+
+
+def _plan(plan: Plan | str | Path) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, str | Path):
+        return read_plan(plan)
+    raise SlidetuneError(
+        f"{type(plan).__name__} is no plan.", "Give a slidetune.plans.Plan, or the file that `slidetune plan` writes."
+    )
+
+
+def _causal_model(model: nn.Module) -> nn.Module:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise SlidetuneError(
+            f"{type(model).__name__} is no causal language model of transformers.",
+            "Give what AutoModelForCausalLM.from_pretrained returns, unwrapped, or a directory of safetensors files.",
+        )
+    return model
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, SupportsFloat) and math.isfinite(float(value)) and float(value) >= 0
+
+
+def _check_rates(units: list[UnitLayout]) -> None:
+    """Raise SlidetuneError for a learning rate that would make weights NaN, or climb the loss."""
+    for unit in units:
+        for entry in unit.owned.entries:
+            if entry.hyper is not None and not _is_rate(entry.hyper.lr):
+                raise SlidetuneError(
+                    f"the learning rate of {entry.name} must be a finite number of at least 0, not {entry.hyper.lr!r}."
+                )
 
 
 def _check_same_model(plan: Plan, model: ModelSpec) -> None:
@@ -442,12 +510,19 @@ def _weights(
     return RandomWeights(model, seed, device, room_bytes) if random else FromSafetensors(ref, model)
 
 
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.type not in ("cuda", "cpu"):
-        raise SlidetuneError(f"device {device} is not supported; cuda and cpu are.")
-    return device
+def chosen_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant, the first GPU or the CPU if none is said. Raises SlidetuneError if it isn't here."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        chosen = torch.device(device or ("cuda" if count else "cpu"))
+    except (RuntimeError, TypeError):
+        chosen = None
+    if chosen is not None and chosen.type == "cuda" and chosen.index is None and count:
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    here = [torch.device("cpu"), torch.device("cpu", 0), *(torch.device("cuda", n) for n in range(count))]
+    if chosen not in here:
+        choices = ", ".join(["cpu", *(["cuda"] if count else []), *(f"cuda:{n}" for n in range(count))])
+        # A GPU that torch doesn't see is the driver's or the installation's fault.
+        none = "" if count else " torch sees no CUDA device: look at `nvidia-smi`, and for a torch made for CUDA."
+        raise SlidetuneError(f"device {device} is not here.", f"There is {choices}.{none}")
+    return chosen

@@ -98,3 +98,15 @@ def test_no_weights(call):
 def test_no_data(call):
     with pytest.raises(SlidetuneError, match="no such file"):
         call("--random-weights", "--data", "nowhere.txt")
+
+
+@pytest.mark.parametrize(("folder", "says"), [(None, "--nvme-dir"), ("nowhere", "No such file"), ("file", "Not a dir")])
+def test_where_the_nvme_tier_can_not_be(call, tmp_path, folder, says):
+    write_plan(
+        tmp_path / "plan.yaml", Plan(model=str(tmp_path), seq_len=32, adam_threads=1, window=2, optimizer_nvme=1)
+    )
+    (tmp_path / "file").touch()
+    options = () if folder is None else ("--nvme-dir", tmp_path / folder)
+    with pytest.raises(SlidetuneError, match=says) as caught:
+        call("--random-weights", "--steps", 1, *options)
+    assert "--nvme-dir" in caught.value.hint

@@ -16,8 +16,11 @@ torch = pytest.importorskip("torch")
 from slidetune.builder import build
 from slidetune.errors import DoesNotFit, SlidetuneError
 from slidetune.families import spec_from_config
+from slidetune.plan_file import write_plan
 from slidetune.plans import Activations, Plan, Recompute
 from slidetune.runtime import arena
+from slidetune.runtime import trainer as trainer_module
+from slidetune.runtime.adam import AdamW
 from slidetune.runtime.lanes import Lanes, TaskFailed
 from slidetune.runtime.operations import Operations
 from slidetune.runtime.trainer import NonFiniteLoss, SlidingTrainer
@@ -109,8 +112,14 @@ def test_a_failing_disk(operation, tmp_path):
 
 
 def test_no_nvme_folder():
-    with pytest.raises(SlidetuneError, match="nvme_folder"):
+    with pytest.raises(SlidetuneError, match=r"nvme_folder, or --nvme-dir"):
         SlidingTrainer(make_model(CONFIG), EVERYTHING, device=DEVICE)
+
+
+def test_an_nvme_folder_that_is_not_there(tmp_path):
+    with pytest.raises(SlidetuneError, match="cannot be made: No such file") as caught:
+        SlidingTrainer(make_model(CONFIG), EVERYTHING, device=DEVICE, nvme_folder=tmp_path / "nowhere")
+    assert "--nvme-dir" in caught.value.hint
 
 
 def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
@@ -125,7 +134,24 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
 
 def test_too_little_ram(monkeypatch):
     monkeypatch.setattr(arena, "available_bytes", lambda: 1000)
-    with pytest.raises(MemoryError, match="host memory"):
+    with pytest.raises(DoesNotFit, match=r"of RAM; 1,?000 B are available") as caught:
+        SlidingTrainer(make_model(CONFIG), Plan(model="llama", **SIZES), device=DEVICE)
+    assert "--ram" in caught.value.hint
+    assert "optimizer_nvme" in caught.value.hint
+
+
+def test_ram_that_others_take_meanwhile(monkeypatch):
+    monkeypatch.setattr(arena, "available_bytes", iter([1 << 40, 1000]).__next__)
+    with pytest.raises(DoesNotFit, match=r"could not be allocated: .* of host memory"):
+        SlidingTrainer(make_model(CONFIG), Plan(model="llama", **SIZES), device=DEVICE)
+
+
+def test_memory_that_torch_is_refused(monkeypatch):
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee the documentation.")
+
+    monkeypatch.setattr(trainer_module, "Pools", refuse)
+    with pytest.raises(DoesNotFit, match=r"could not be allocated: CUDA out of memory\. Tried to allocate 9 GiB\.\n"):
         SlidingTrainer(make_model(CONFIG), Plan(model="llama", **SIZES), device=DEVICE)
 
 
@@ -204,8 +230,9 @@ def test_a_plan_for_more_layers():
 
 
 def test_a_cap_that_is_too_low():
-    with pytest.raises(DoesNotFit, match="gpu_memory_gib"):
+    with pytest.raises(DoesNotFit, match="gpu_memory_gib") as caught:
         SlidingTrainer(make_model(CONFIG), Plan(model="llama", gpu_memory_gib=1e-4, **SIZES), device=DEVICE)
+    assert "--gpu-memory" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -217,7 +244,17 @@ def test_a_cap_that_is_too_low():
         ({"input_ids": torch.full((1, 16), 320)}, "vocabulary is 320"),
         ({"labels": torch.full((1, 16), -100)}, "no label"),
         ({"labels": torch.ones(1, 4, dtype=torch.long)}, "labels must have the shape"),
+        ({"labels": torch.full((1, 16), 320)}, r"labels go from 320 to 320; the vocabulary is 320"),
+        ({"labels": torch.full((1, 16), -1)}, "labels go from -1 to -1"),
         ({"pixel_values": torch.ones(1)}, "pixel_values"),
+        ({"input_ids": torch.ones(1, 16)}, "input_ids must be integers, not float32"),
+        ({"input_ids": torch.ones(1, 16, dtype=torch.bool)}, "input_ids must be integers, not bool"),
+        ({"labels": torch.ones(1, 16)}, "labels must be integers"),
+        ({"attention_mask": torch.ones(1, 16)}, "attention_mask must be integers"),
+        ({"input_ids": "some text"}, "input_ids can't be made a tensor"),
+        ({"input_ids": [[1, 2], [3]]}, "input_ids can't be made a tensor"),
+        ({"position_ids": torch.full((1, 16), 1 << 20)}, "position_ids go from 1048576 to 1048576; the model has"),
+        ({"position_ids": torch.full((1, 16), -1)}, "position_ids go from -1"),
     ],
 )
 def test_batches_that_do_not_fit(change, message):
@@ -228,3 +265,79 @@ def test_batches_that_do_not_fit(change, message):
             trainer.step({k: v for k, v in batch.items() if v is not None})
         # The trainer goes on.
         assert trainer.step(next(random_batches(CONFIG, plan, 1))) > 0
+
+
+def test_a_batch_that_is_no_mapping():
+    with SlidingTrainer(make_model(CONFIG), Plan(model="llama", **SIZES), device=DEVICE) as trainer:
+        with pytest.raises(SlidetuneError, match=r"a batch is a mapping of input_ids.*, not Tensor"):
+            trainer.step(torch.ones(1, 16, dtype=torch.long))
+        with pytest.raises(SlidetuneError, match="no input_ids"):
+            trainer.step({"input_ids": None})
+
+
+def test_integers_of_any_width_are_the_same_batch():
+    plan = Plan(model="llama", **SIZES)
+    ids = next(random_batches(CONFIG, plan, 1))["input_ids"]
+    mask = torch.ones_like(ids)
+    batches = [
+        {"input_ids": ids, "labels": ids, "attention_mask": mask},
+        {"input_ids": ids.int(), "labels": ids.short(), "attention_mask": mask.bool()},
+        {"input_ids": ids.tolist(), "labels": ids.numpy(), "attention_mask": mask.to(torch.uint8)},
+    ]
+    losses = []
+    for batch in batches:
+        with SlidingTrainer(make_model(CONFIG), plan, device=DEVICE) as trainer:
+            losses.append(trainer.step(batch))
+    assert len(set(losses)) == 1
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0, "1"])
+def test_a_scale_that_is_no_rate(scale):
+    plan = Plan(model="llama", **SIZES)
+    with (
+        SlidingTrainer(make_model(CONFIG), plan, device=DEVICE) as trainer,
+        pytest.raises(SlidetuneError, match="lr_scale must be a finite number"),
+    ):
+        trainer.step(next(random_batches(CONFIG, plan, 1)), lr_scale=scale)
+
+
+def refused(match, model=None, plan=None, **options):
+    with pytest.raises(SlidetuneError, match=match) as caught:
+        SlidingTrainer(
+            model or make_model(CONFIG), plan or Plan(model="llama", **SIZES), **{"device": DEVICE} | options
+        )
+    return caught.value
+
+
+@pytest.mark.parametrize("lr", [float("nan"), float("inf"), -1e-5, "fast"])
+def test_a_learning_rate_that_is_none(lr):
+    refused("the learning rate of model.*must be a finite number", optimizer=AdamW(lr=lr))
+    refused("the learning rate of lm_head.weight", rule=lambda name, _: AdamW(lr=lr if "lm_head" in name else 0.1))
+
+
+def test_no_tokens_at_a_time():
+    refused("loss_chunk_tokens must be at least 1, not 0", loss_chunk_tokens=0)
+
+
+def test_what_is_no_model_or_no_plan(tmp_path):
+    error = refused("Linear is no causal language model of transformers", model=torch.nn.Linear(2, 2))
+    assert "AutoModelForCausalLM" in error.hint
+    refused("no language model with a head", model=make_model(CONFIG).model)
+    refused("dict is no plan", plan={"model": "llama"})
+    refused("no such file", plan=tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_a_plan_may_be_its_file(tmp_path, kind):
+    plan = Plan(model="llama", **SIZES)
+    path = write_plan(tmp_path / "plan.yaml", plan)
+    with SlidingTrainer(make_model(CONFIG), kind(path), device=DEVICE) as trainer:
+        assert trainer.plan == plan
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99", "cpu:x", "cuda"])
+def test_a_device_that_is_not_here(device, monkeypatch):
+    if device == "cuda":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    error = refused(f"device {device} is not here", device=device)
+    assert "There is cpu" in error.hint
