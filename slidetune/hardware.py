@@ -19,7 +19,7 @@ PROFILE_VERSION = 1
 Kind = Literal["measured", "data sheet", "derived", "given", "guess"]
 
 # How far a figure of each kind is taken to be off, one way, as a fraction. Measured: the run-to-run spread of
-# a shared machine (the H200 probe states 5 %). Data sheet: what boards differ by in clocks and power limits.
+# a shared machine (the H200 probe states 5 %), for figures that don't state their own. Data sheet: what boards differ by in clocks and power limits.
 # Derived: carried over from a measurement on a neighbouring machine. Given: the user's word.
 RELATIVE_SPREAD: dict[Kind, float] = {
     "measured": 0.05,
@@ -28,6 +28,10 @@ RELATIVE_SPREAD: dict[Kind, float] = {
     "given": 0.0,
     "guess": 0.25,
 }
+# No measurement is better than the least: the machine is another tomorrow. Nor is one so bad that nothing is left.
+LEAST_SPREAD, MOST_SPREAD = 0.01, 0.9
+# A measured figure with a larger spread is noise: the machine was busy.
+NOISY_SPREAD = 0.10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class Figure:
     """measured, data sheet, derived (from another machine's measurement), given (by the user) or guess."""
     source: str = ""
     """Where it comes from: a document, a measurement, or the reasoning."""
+    measured_spread: float | None = None
+    """Half the distance between the quartiles of repeated measurements over their median; none was stated if absent."""
 
     def __float__(self) -> float:
         return float(self.value)
@@ -47,7 +53,14 @@ class Figure:
     @property
     def spread(self) -> float:
         """One-sided relative uncertainty."""
+        if self.kind == "measured" and self.measured_spread is not None:
+            return min(MOST_SPREAD, max(LEAST_SPREAD, self.measured_spread))
         return RELATIVE_SPREAD[self.kind]
+
+    @property
+    def noisy(self) -> bool:
+        """Whether repeated measurements of it differed by so much that it means little."""
+        return self.kind == "measured" and self.spread > NOISY_SPREAD
 
     def times(self, factor: float) -> Figure:
         return dataclasses.replace(self, value=self.value * factor)

@@ -374,6 +374,8 @@ def _check_figures(path: Path, profile: HardwareProfile) -> None:
     for name, figure in profile.figures():
         if figure.value < 0 or (figure.value == 0 and name not in _MAY_BE_ZERO):
             raise BadFile(f"{path}: {name} is {figure.value:g}; it must be above zero.")
+        if figure.measured_spread is not None and figure.measured_spread < 0:
+            raise BadFile(f"{path}: {name} has a measured_spread of {figure.measured_spread:g}; it can't be negative.")
     for part, inner, outer in (("gpu", "context_gib", "memory_gib"), ("host", "process_gib", "ram_gib")):
         if profile.figure(f"{part}.{inner}").value >= profile.figure(f"{part}.{outer}").value:
             raise BadFile(f"{path}: {part}.{inner} leaves nothing of {part}.{outer} to use.")

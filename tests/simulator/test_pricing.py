@@ -14,6 +14,7 @@ from slidetune.hardware import Figure
 from slidetune.machines import load_profile, machine
 from slidetune.models import load_model
 from slidetune.plans import Plan
+from slidetune.runtime.fits import FULL_SPEED, Beside, fit_contention
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, Work
 from slidetune.simulator.pricing import SHARED_RESOURCES, PriceList
 from slidetune.units import GB, GIB, MIB
@@ -56,6 +57,96 @@ def rates(profile, *works):
 )
 def test_h200_contention_within_5_percent(works, measured):
     assert rates(H200_SMALL_PAGES, *works) == pytest.approx(measured, rel=0.05)
+
+
+# --- Contention as `slidetune profile` fits it: from speeds side by side to figures and back
+
+SIDES = {"upload": (UP, "h2d"), "download": (DOWN, "d2h")}
+
+
+def beside_adam(profile, side):
+    """Adam and a copy side by side, each as a fraction of its speed alone."""
+    both = rates(profile, ADAM, SIDES[side][0])
+    alone = [rates(profile, work)[0] for work in (ADAM, SIDES[side][0])]
+    return Beside(*(rate / of for rate, of in zip(both, alone, strict=True)))
+
+
+def fitted(profile, side, beside, weight=0.7, priority=1.2):
+    dram = profile.host.dram_bytes_per_s
+    adam_share = min(1.0, 16 * profile.host.adam_gparams_per_core.value * 1e9 * 26.0 / dram)
+    copy_share = profile.figure(f"link.{SIDES[side][1]}_gbs").value * GB / dram
+    return fit_contention(beside, adam_share=adam_share, copy_share=copy_share, weight=weight, priority=priority)
+
+
+def with_contention(profile, side, found):
+    weighted = profile.replaced(f"host.{side}_dram_weight", Figure(found.weight))
+    return weighted.replaced(f"host.{side}_priority", Figure(found.priority))
+
+
+def test_the_h200_probes_speeds_give_the_shipped_profiles_figures():
+    for side, adam, gbs in (("upload", 3.94, 45.6), ("download", 3.16, 52.4)):
+        found = fitted(H200_SMALL_PAGES, side, Beside(adam / 5.02, gbs / 55.2))
+        assert found.weight == pytest.approx(H200.figure(f"host.{side}_dram_weight").value, rel=0.03)
+        assert found.priority == pytest.approx(H200.figure(f"host.{side}_priority").value, rel=0.01)
+        assert found.weight_known
+        assert found.priority_known
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(("upload", "download")),
+    st.floats(20, 400),
+    st.floats(0.1, 1.5),
+    st.floats(0.1, 2),
+    st.floats(0.3, 3),
+)
+def test_figures_come_back_from_the_speeds_they_give(side, dram, per_core, weight, priority):
+    machine = H200.replaced("host.dram_gbs", Figure(dram)).replaced("host.adam_gparams_per_core", Figure(per_core))
+    link_share = machine.link.h2d_gbs.value / dram
+    # A link that DRAM holds back alone would have been measured as slower; and no copy is free.
+    weight = max(0.03 / link_share, min(weight, 1.0 / link_share))
+    true = machine.replaced(f"host.{side}_dram_weight", Figure(weight))
+    true = true.replaced(f"host.{side}_priority", Figure(priority))
+    beside = beside_adam(true, side)
+    found = fitted(true, side, beside)
+    again = beside_adam(with_contention(true, side, found), side)
+    assert again.adam == pytest.approx(beside.adam, abs=1.0 - FULL_SPEED + 1e-6)
+    assert again.copy == pytest.approx(beside.copy, abs=1.0 - FULL_SPEED + 1e-6)
+    if min(beside.adam, beside.copy) < FULL_SPEED:
+        assert found.weight == pytest.approx(weight, rel=1e-6)
+    if max(beside.adam, beside.copy) < FULL_SPEED:
+        assert found.priority == pytest.approx(priority, rel=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.floats(0.02, 1.2),
+    st.floats(0.02, 1.2),
+    st.sampled_from(("upload", "download")),
+    st.floats(20, 400),
+)
+def test_speeds_that_dram_can_explain_come_back_from_their_figures(adam, copy, side, dram):
+    """Any two speeds, as noise may have it: where neither more than DRAM is asked for nor less than a copy takes."""
+    machine = H200.replaced("host.dram_gbs", Figure(dram)).replaced("host.adam_gparams_per_core", Figure(100.0))
+    found = fitted(machine, side, Beside(adam, copy))
+    copy_share = found.weight * machine.link.h2d_gbs.value / dram
+    again = beside_adam(with_contention(machine, side, found), side)
+    assert 0.0 < copy_share <= 1.0 + 1e-9
+    asked = (1.0 - min(1.0, adam)) / min(1.0, copy)
+    if 0.02 <= asked <= 1.0:
+        assert again.adam == pytest.approx(min(1.0, adam), abs=0.0201)
+        assert again.copy == pytest.approx(min(1.0, copy), abs=0.0201)
+
+
+def test_where_nothing_is_held_back_the_assumptions_stay():
+    unhindered = fit_contention(Beside(1.0, 1.0), adam_share=0.3, copy_share=0.5, weight=0.6, priority=1.5)
+    assert (unhindered.weight, unhindered.priority) == (0.6, 1.5)
+    assert not unhindered.weight_known
+    assert not unhindered.priority_known
+    # More than what is left beside Adam it can't take.
+    bound = fit_contention(Beside(0.99, 1.0), adam_share=0.9, copy_share=0.5, weight=0.6, priority=1.5)
+    assert bound.weight == pytest.approx((1.0 - 0.9 * 0.99) / 0.5)
+    assert bound.weight_known
 
 
 # --- H200 probe: transfers alone, by size; and beside the other direction from 16 MiB. Smaller ones slow each other

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidetune.hardware import RELATIVE_SPREAD, Figure
+from slidetune.files import dump, read, write
+from slidetune.hardware import LEAST_SPREAD, MOST_SPREAD, NOISY_SPREAD, RELATIVE_SPREAD, Figure, HardwareProfile
 from slidetune.machines import machine
 
 PROFILE = machine("rtx4090")
@@ -21,6 +22,28 @@ def test_spread_follows_the_kind(kind):
 def test_spreads_are_ordered_by_how_well_a_figure_is_known():
     spread = RELATIVE_SPREAD
     assert spread["given"] < spread["measured"] <= spread["data sheet"] < spread["derived"] < spread["guess"]
+
+
+@given(st.floats(0, 10))
+def test_a_measured_figure_has_the_spread_it_was_measured_with(spread):
+    figure = Figure(2.0, "measured", "bench", spread)
+    assert figure.spread == min(MOST_SPREAD, max(LEAST_SPREAD, spread))
+    assert figure.noisy == (spread > NOISY_SPREAD)
+    assert figure.times(3.0).spread == figure.spread
+
+
+@pytest.mark.parametrize("kind", RELATIVE_SPREAD)
+def test_only_a_measured_figure_is_noisy(kind):
+    assert Figure(2.0, kind, "x", 0.5).noisy == (kind == "measured")
+    assert not Figure(2.0, kind, "x").noisy
+
+
+def test_a_profile_file_keeps_spreads_and_leaves_out_those_nobody_stated(tmp_path):
+    stated = PROFILE.replaced("link.h2d_gbs", Figure(20.0, "measured", "bench", 0.03))
+    assert "measured_spread" not in dump(PROFILE)["link"]["h2d_gbs"]
+    assert dump(stated)["link"]["h2d_gbs"]["measured_spread"] == 0.03
+    write(tmp_path / "profile.yaml", stated)
+    assert read(tmp_path / "profile.yaml", HardwareProfile) == stated
 
 
 def test_times_keeps_kind_and_source():

@@ -484,6 +484,14 @@ def test_impossible_profiles(tmp_path, path, value, message):
         load_profile(file)
 
 
+def test_no_spread_is_negative(tmp_path):
+    profile = machine()
+    figure = dataclasses.replace(profile.link.h2d_gbs, measured_spread=-0.1)
+    files.write(tmp_path / "bad.yaml", profile.replaced("link.h2d_gbs", figure))
+    with pytest.raises(BadFile, match=r"link\.h2d_gbs has a measured_spread of -0\.1"):
+        load_profile(tmp_path / "bad.yaml")
+
+
 def test_zero_overheads_are_possible(tmp_path):
     profile = machine().scaled("gpu.launch_us", 0).scaled("link.latency_us", 0)
     files.write(tmp_path / "ideal.yaml", profile)
