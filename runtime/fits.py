@@ -36,7 +36,7 @@ def repeated(values: Sequence[float]) -> Repeated:
     if len(values) < 2 or middle == 0.0:
         return Repeated(middle, 0.0)
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Repeated(middle, (high - low) / 2.0 / abs(middle))
+    return Repeated(middle, abs(high - low) / 2.0 / abs(middle))
 
 
 def rates_together(ends: Sequence[Sequence[float]], windows: int = 1) -> list[list[float]]:
@@ -47,7 +47,7 @@ def rates_together(ends: Sequence[Sequence[float]], windows: int = 1) -> list[li
     """
     edges = np.linspace(max(times[0] for times in ends), min(times[-1] for times in ends), windows + 1)
     width = (edges[-1] - edges[0]) / windows
-    return [list(np.diff(np.interp(edges, times, np.arange(len(times)))) / width) for times in ends]
+    return [(np.diff(np.interp(edges, times, np.arange(len(times)))) / width).tolist() for times in ends]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +94,40 @@ def fit_contention(
         weight_known=not bound_only or fitted <= weight,
         priority_known=held_back or ratio >= priority,
     )
+
+
+class LinkFit(NamedTuple):
+    """Seconds of a copy as latency + bytes/rate, each way."""
+
+    latency_s: float
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+    worst: float
+    """Largest deviation of the fit from a measured time, as a fraction of that."""
+    worst_bytes: int
+    """Size of the copy that deviates most."""
+
+
+def fit_link(sizes: Sequence[int], up_s: Sequence[float], down_s: Sequence[float]) -> LinkFit:
+    """Least squares of relative deviations, so that small copies count as much as large ones.
+
+    `sizes` in bytes, with the seconds of a copy of each up and down.
+    """
+    n, seconds = np.array([*sizes, *sizes], dtype=float), np.array([*up_s, *down_s])
+    up = np.arange(len(n)) < len(sizes)
+    columns = np.stack([np.ones_like(n), n * up, n * ~up], axis=1) / seconds[:, None]
+    found = _not_negative(columns)
+    deviations = np.abs(columns @ found - 1.0)
+    worst = int(np.argmax(deviations))
+    latency, up_s, down_s = found.tolist()
+    return LinkFit(latency, 1.0 / up_s, 1.0 / down_s, float(deviations[worst]), int(n[worst]))
+
+
+def _not_negative(columns: np.ndarray) -> np.ndarray:
+    """What times `columns` comes nearest to 1 in least squares, without a latency below 0."""
+    found = np.linalg.lstsq(columns, np.ones(len(columns)), rcond=None)[0]
+    if found[0] >= 0.0 and min(found[1:]) > 0.0:
+        return found
+    # Copies that caches speed up, on a CPU as device. The two columns left have no row in common.
+    rates = columns[:, 1:]
+    return np.array([0.0, *(rates.sum(axis=0) / (rates**2).sum(axis=0))])

@@ -1,21 +1,24 @@
 """A profile of the machine at hand: what the simulator must know, measured with the code that the runtime uses.
 
-Takes about a minute on an idle machine, and means nothing on a busy one. On the CPU as device, "GPU" and "link" are
-matrix products and copies of the same cores that run Adam: good enough to try the loop, no more.
+Takes about half a minute on an idle machine, and means nothing on a busy one: every figure carries the spread of its
+measurements, so that a reader can tell. On the CPU as device, "GPU" and "link" are matrix products and copies of the
+same cores that run Adam: good enough to try the loop, no more.
 
-Not measured: how well a drive mixes reads and writes, and who goes first where DRAM is short; those figures stay
-what they are assumed to be elsewhere, and say so.
+What Adam and copies lose to each other is measured with both running, several times over, each time against their
+speeds alone just before. Not measured: the memory of a CUDA context and of the process, and SlideFormer's conversion.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import platform
-import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +27,29 @@ import torch
 from torch import Tensor
 
 from slidetune.hardware import Figure, Gpu, HardwareProfile, Host, Link, Nvme
+from slidetune.machines import DEFAULT_HOST, load_host
 from slidetune.runtime.adam import AdamW, adam_implementation, adam_step
 from slidetune.runtime.arena import Arena
+from slidetune.runtime.fits import Beside, Repeated, fit_contention, fit_link, rates_together, repeated
 from slidetune.runtime.nvme import NvmeFile
-from slidetune.units import GB, GIB, MIB
+from slidetune.units import GB, GIB, KIB, MIB, format_bytes
 
 # DRAM bytes that Adam over a split master moves for one parameter.
 _ADAM_BYTES = 26
+# Where Adam has at least this many cores, plans leave one to the rest of the process.
+_MANY_CORES = 4
+
+ADAM, UP, DOWN = "Adam", "uploads", "downloads"
+MIXES = ((ADAM,), (UP,), (DOWN,), (UP, DOWN), (ADAM, UP), (ADAM, DOWN), (ADAM, UP, DOWN))
+"""What runs side by side."""
+PASSES = 5
+"""Times that all mixes are gone through."""
+_MIX_SECONDS = 0.4
+_LINK_SIZES = (4 * KIB, 64 * KIB, MIB, 16 * MIB, 256 * MIB)
+
+# Calls a second of each action of each mix, in one pass.
+Rates = dict[tuple[str, ...], dict[str, float]]
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +57,7 @@ class Effort:
     """How long and how much."""
 
     seconds: float = 1.0
-    """Of each measurement, at least."""
+    """Of each measurement, at least; half as long for a copy of each size and each mix."""
     copy_bytes: int = 256 * MIB
     params: int = 64 * MIB
     """Parameters that Adam updates: far more than caches hold."""
@@ -48,19 +67,28 @@ class Effort:
 
 
 def measure_machine(
-    device: torch.device | str, *, nvme_folder: str | Path | None = None, effort: Effort | None = None
+    device: torch.device | str,
+    *,
+    nvme_folder: str | Path | None = None,
+    effort: Effort | None = None,
+    progress: Progress = lambda done, total, what: None,
 ) -> HardwareProfile:
     """Measure device, link, host and, if a folder is given, its drive.
 
-    Raises NvmeError if the folder's drive can't be used, MemoryError if the machine is too small.
+    `progress` is called with measurements done, measurements to do, and what is measured now. Raises NvmeError if the
+    folder's drive can't be used, MemoryError if the machine is too small.
     """
-    bench = _Bench(torch.device(device), effort or Effort())
-    with bench.arena() as arena:
-        link, copies = bench.link(arena)
-        host = bench.host(copies)
-    name = platform.node() or "this machine"
+    bench = _Bench(torch.device(device), effort or Effort(), progress, drive=nvme_folder is not None)
+    with bench.arena() as arena, bench.adam_arena() as adam_arena:
+        sizes, copies = bench.copies(arena), bench.large_copies(arena)
+        one, all_of_them = bench.adam_alone(adam_arena)
+        passes = bench.side_by_side(adam_arena, copies)
+    link = bench.link(sizes, passes)
+    host = bench.host(one, all_of_them, link, passes)
     nvme = None if nvme_folder is None else bench.nvme(nvme_folder)
-    return HardwareProfile(name=name, gpu=bench.gpu(), link=link, host=host, nvme=nvme)
+    profile = HardwareProfile(name=platform.node() or "this machine", gpu=bench.gpu(), link=link, host=host, nvme=nvme)
+    bench.finished()
+    return profile
 
 
 def _in_turn(action: Callable[[int], None], arguments: Sequence[int]) -> Callable[[], None]:
@@ -69,50 +97,73 @@ def _in_turn(action: Callable[[int], None], arguments: Sequence[int]) -> Callabl
     return lambda: action(next(endless))
 
 
-@dataclass(slots=True)
-class _Copies:
-    """One copy each way, and what it moves in bytes; each waits for its end."""
+@dataclass(frozen=True, slots=True)
+class _SizedCopies:
+    """Seconds of a copy of each size, each way."""
 
-    up: Callable[[], None]
-    down: Callable[[], None]
-    nbytes: int
+    sizes: list[int]
+    up: list[Repeated]
+    down: list[Repeated]
 
 
 class _Bench:
-    def __init__(self, device: torch.device, effort: Effort) -> None:
-        self.device, self.effort = device, effort
+    def __init__(self, device: torch.device, effort: Effort, progress: Progress, *, drive: bool) -> None:
+        self.device, self.effort, self.progress = device, effort, progress
         self.source = f"measured {datetime.date.today()} with torch {torch.__version__}"
         self.cuda = device.type == "cuda"
+        cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+        self.cores = min(cores, len(psutil.Process().cpu_affinity()))
+        self.sizes = sorted({size for size in _LINK_SIZES if size < effort.copy_bytes} | {effort.copy_bytes})
+        self.done = 0
+        self.total = 2 * len(self.sizes) + 2 + PASSES * len(MIXES) + (3 if drive else 0) + 3
 
     def arena(self) -> Arena:
         return Arena(2 * self.effort.copy_bytes, pin=self.cuda, name="measurement")
+
+    def adam_arena(self) -> Arena:
+        return Arena(14 * self.effort.params, name="Adam's measurement")
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """One measurement, for the progress bar."""
+        self.progress(self.done, self.total, what)
+        yield
+        self.done += 1
+
+    def finished(self) -> None:
+        self.progress(self.total, self.total, "")
 
     # ---- device -------------------------------------------------------------------------------------------
 
     def gpu(self) -> Gpu:
         size = self.effort.matrix if self.cuda else max(64, self.effort.matrix // 8)
         a, b = (torch.randn(size, size, device=self.device).to(torch.bfloat16) for _ in range(2))
-        flops = 2.0 * size**3 / self._seconds_of(lambda: a @ b)
+        with self.step("matrix products"):
+            product = self._seconds_of(lambda: a @ b)
         source = torch.empty(self.effort.copy_bytes, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        traffic = 2.0 * source.nbytes / self._seconds_of(lambda: target.copy_(source))
+        with self.step("device memory"):
+            copy = self._seconds_of(lambda: target.copy_(source))
+        with self.step("launches"):
+            launch = self._launch_s()
         if self.cuda:
             properties = torch.cuda.get_device_properties(self.device)
             name, memory = properties.name, properties.total_memory
         else:
             name, memory = "CPU as device", psutil.virtual_memory().total // 2
+        flops, traffic = 2.0 * size**3, 2.0 * source.nbytes
         return Gpu(
             name=name,
-            bf16_tflops=self._figure(flops / 1e12, f"bf16 product of {size}"),
+            bf16_tflops=self._figure(flops / product.value / 1e12, f"bf16 product of {size}", product.spread),
             matmul_efficiency=self._figure(1.0, "bf16_tflops is already what products reach"),
             memory_gib=self._figure(memory / GIB, "what the device reports" if self.cuda else "half of the RAM"),
-            memory_gbs=self._figure(traffic / GB, "device copy, reading and writing"),
+            memory_gbs=self._figure(traffic / copy.value / GB, "device copy, reading and writing", copy.spread),
             memory_efficiency=self._figure(1.0, "memory_gbs is already what copies reach"),
-            launch_us=self._figure(self._launch_s() * 1e6, "a small layer's forward pass, a kernel of it"),
+            launch_us=self._figure(launch.value * 1e6, "a small layer's forward pass, a kernel of it", launch.spread),
             context_gib=Figure(1.0 if self.cuda else 0.0, "guess", "CUDA context, libraries and allocator"),
         )
 
-    def _launch_s(self) -> float:
+    def _launch_s(self) -> Repeated:
         """Host seconds a kernel of a layer so small that launching is all."""
         from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -138,27 +189,48 @@ class _Bench:
                 layer(x, attention_mask=None, position_embeddings=rotary)
 
         launches = spec_from_config(config.to_dict(), "launches").layers[0].eager.launches
-        return self._seconds_of(forward) / launches
+        layer_s = self._seconds_of(forward)
+        return layer_s._replace(value=layer_s.value / launches)
 
     # ---- link ---------------------------------------------------------------------------------------------
 
-    def link(self, arena: Arena) -> tuple[Link, _Copies]:
+    def copies(self, arena: Arena) -> _SizedCopies:
+        up, down = self._ends(arena)
+        found = _SizedCopies(self.sizes, [], [])
+        for size in self.sizes:
+            for name, (target, source), seconds in (("up", up, found.up), ("down", down, found.down)):
+                with self.step(f"copies of {format_bytes(size)} {name}"):
+                    copy = self._copy(target[:size], source[:size])
+                    seconds.append(self._seconds_of(copy, 0.5 * self.effort.seconds))
+        return found
+
+    def large_copies(self, arena: Arena) -> dict[str, Callable[[], None]]:
+        """One copy each way; each waits for its end."""
+        up, down = self._ends(arena)
+        return {UP: self._copy(*up), DOWN: self._copy(*down)}
+
+    def link(self, copies: _SizedCopies, passes: Sequence[Rates]) -> Link:
+        fit = fit_link(copies.sizes, *([time.value for time in times] for times in (copies.up, copies.down)))
         size = self.effort.copy_bytes
-        # The device's side is made to outlive the measurement with the closures below.
-        host = [arena.tensor(at, size, torch.uint8) for at in (0, size)]
-        far = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        up, down = self._copy(far[0], host[0]), self._copy(host[1], far[1])
-        up_s, down_s = self._seconds_of(up), self._seconds_of(down)
-        both = self._side_by_side(up, down)
-        small_s = self._seconds_of(self._copy(far[0][:4096], host[0][:4096]))
-        link = Link(
-            name="measured",
-            h2d_gbs=self._figure(size / up_s / GB, "large page-locked copy"),
-            d2h_gbs=self._figure(size / down_s / GB, "large page-locked copy"),
-            duplex_gbs=self._figure(sum(both) * size / GB, "both at once"),
-            latency_us=self._figure(small_s * 1e6, "copy of 4 KiB"),
+        duplex = repeated([sum(rates[UP, DOWN].values()) * size / GB for rates in passes])
+        how = (
+            f"page-locked copies of {format_bytes(copies.sizes[0])} to {format_bytes(size)} take latency + bytes/rate, "
+            f"off by {fit.worst:.0%} at worst ({format_bytes(fit.worst_bytes)})"
         )
-        return link, _Copies(up, down, size)
+        return Link(
+            name="measured",
+            h2d_gbs=self._figure(fit.up_bytes_per_s / GB, how, copies.up[-1].spread),
+            d2h_gbs=self._figure(fit.down_bytes_per_s / GB, how, copies.down[-1].spread),
+            duplex_gbs=self._figure(duplex.value, f"copies of {format_bytes(size)} both ways at once", duplex.spread),
+            latency_us=self._figure(fit.latency_s * 1e6, how, max(copies.up[0].spread, copies.down[0].spread)),
+        )
+
+    def _ends(self, arena: Arena) -> list[tuple[Tensor, Tensor]]:
+        """Target and source of the largest copy up and down."""
+        size = self.effort.copy_bytes
+        here = [arena.tensor(at, size, torch.uint8) for at in (0, size)]
+        there = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        return [(there[0], here[0]), (here[1], there[1])]
 
     def _copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
         if not self.cuda:
@@ -174,35 +246,91 @@ class _Bench:
 
     # ---- host ---------------------------------------------------------------------------------------------
 
-    def host(self, copies: _Copies) -> Host:
-        cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-        cores = min(cores, len(psutil.Process().cpu_affinity()))
-        params = self.effort.params
-        with Arena(12 * params + 2 * params, name="Adam's measurement") as arena:
-            one = self._adam(arena, params // 4, 1)
-            all_cores = self._adam(arena, params, cores)
-            single = params // 4 / self._seconds_of(one)
-            alone = params / self._seconds_of(all_cores)
-            capacity = alone * _ADAM_BYTES
-            weights = [
-                self._dram_weight(all_cores, copy, params, alone, capacity, copies.nbytes)
-                for copy in (
-                    copies.up,
-                    copies.down,
-                )
-            ]
+    @property
+    def threads(self) -> int:
+        """Adam's, as plans have it."""
+        return max(1, self.cores - 1)
+
+    @property
+    def all_threads(self) -> int:
+        """Those that show what DRAM gives: as plans have it, or where one less would miss it, all."""
+        return self.threads if self.cores >= _MANY_CORES else self.cores
+
+    def adam_alone(self, arena: Arena) -> tuple[Repeated, Repeated]:
+        """Seconds a parameter: one thread, and as many as DRAM can feed."""
+        found = []
+        for params, threads in ((self.effort.params // 4, 1), (self.effort.params, self.all_threads)):
+            with self.step(f"Adam, {threads} threads" if threads > 1 else "Adam, 1 thread"):
+                seconds = self._seconds_of(self._adam(arena, params, threads))
+                found.append(seconds._replace(value=seconds.value / params))
+        return found[0], found[1]
+
+    def side_by_side(self, arena: Arena, copies: dict[str, Callable[[], None]]) -> list[Rates]:
+        """Calls a second of Adam and copies in every mix, several times over."""
+        actions = {ADAM: self._adam(arena, self.effort.params, self.threads), **copies}
+        passes: list[Rates] = []
+        for _ in range(PASSES):
+            passes.append({})
+            for mix in MIXES:
+                with self.step(" beside ".join(mix)):
+                    ends = self._side_by_side(*(actions[name] for name in mix), seconds=_MIX_SECONDS)
+                    rates = (rate for (rate,) in rates_together(ends))
+                    passes[-1][mix] = dict(zip(mix, rates, strict=True))
+        return passes
+
+    def host(self, one: Repeated, all_of_them: Repeated, link: Link, passes: Sequence[Rates]) -> Host:
         what = f"AdamW over a split master ({adam_implementation()})"
+        capacity = _ADAM_BYTES / all_of_them.value
+        figures = {
+            "dram_gbs": self._figure(
+                capacity / GB, f"{what}, {self.all_threads} threads, 26 bytes a parameter", all_of_them.spread
+            ),
+            "adam_gparams_per_core": self._figure(1.0 / one.value / 1e9, f"{what}, 1 thread", one.spread),
+        }
+        # As the simulator has it: the rate of these threads, or DRAM's.
+        adam_share = min(1.0, self.threads / one.value * _ADAM_BYTES / capacity)
+        for field, side, gbs in (("upload", UP, link.h2d_gbs), ("download", DOWN, link.d2h_gbs)):
+            copy_share = gbs.value * GB / capacity
+            figures |= self._contention(field, side, passes, adam_share, copy_share)
         return Host(
             name=platform.processor() or platform.machine(),
-            cores=self._figure(cores, "what the process may use"),
+            cores=self._figure(self.cores, "what the process may use"),
             ram_gib=self._figure(psutil.virtual_memory().total / GIB, "what the system reports"),
-            dram_gbs=self._figure(capacity / GB, f"{what}, {cores} threads, 26 bytes a parameter"),
             dram_efficiency=self._figure(1.0, "dram_gbs is already what Adam reaches"),
-            adam_gparams_per_core=self._figure(single / 1e9, f"{what}, 1 thread"),
-            upload_dram_weight=self._figure(weights[0], "Adam beside uploads"),
-            download_dram_weight=self._figure(weights[1], "Adam beside downloads"),
             process_gib=Figure(2.5, "guess", "1.5 GiB for the process and 1 left to the operating system"),
+            **figures,
         )
+
+    def _contention(
+        self, field: str, side: str, passes: Sequence[Rates], adam_share: float, copy_share: float
+    ) -> dict[str, Figure]:
+        """DRAM weight and priority of copies one way."""
+        besides = [Beside(_kept(rates, ADAM, (ADAM, side)), _kept(rates, side, (ADAM, side))) for rates in passes]
+        middle = Beside(*(repeated(column).value for column in zip(*((b.adam, b.copy) for b in besides), strict=True)))
+        assumed_weight, assumed_priority = (
+            getattr(load_host(DEFAULT_HOST), f"{field}_{figure}") for figure in ("dram_weight", "priority")
+        )
+        fit = functools.partial(
+            fit_contention,
+            adam_share=adam_share,
+            copy_share=copy_share,
+            weight=assumed_weight.value,
+            priority=assumed_priority.value,
+        )
+        found, each = fit(middle), [fit(beside) for beside in besides]
+        together = (repeated([_kept(rates, name, MIXES[-1]) for rates in passes]).value for name in MIXES[-1])
+        how = (
+            f"beside each other, {self.threads} threads, Adam keeps {middle.adam:.0%} of its speed and {side} keep "
+            f"{middle.copy:.0%}; Adam, {UP} and {DOWN} all at once {', '.join(f'{kept:.0%}' for kept in together)}"
+        )
+        weight = self._figure(found.weight, how, repeated([fit.weight for fit in each]).spread)
+        priority = self._figure(found.priority, how, repeated([fit.priority for fit in each]).spread)
+        unhindered = f"neither held the other back here ({how}), so as assumed: "
+        first = f"nothing held {side} back here ({how}), so as assumed: "
+        return {
+            f"{field}_dram_weight": weight if found.weight_known else _assumed(assumed_weight, unhindered),
+            f"{field}_priority": priority if found.priority_known else _assumed(assumed_priority, first),
+        }
 
     def _adam(self, arena: Arena, params: int, threads: int) -> Callable[[], None]:
         first = arena.tensor(0, params, torch.float32)
@@ -212,20 +340,6 @@ class _Bench:
         gradient = arena.tensor(12 * params, params, torch.bfloat16)
         return lambda: adam_step(high, low, first, second, gradient, hyper=AdamW(), step=1, threads=threads)
 
-    def _dram_weight(
-        self,
-        adam: Callable[[], None],
-        copy: Callable[[], None],
-        params: int,
-        alone: float,
-        capacity: float,
-        nbytes: int,
-    ) -> float:
-        """DRAM capacity that a copied byte takes from Adam: what Adam loses over what is copied meanwhile."""
-        updates, copied = self._side_by_side(adam, copy)
-        lost = capacity * (1.0 - min(1.0, updates * params / alone))
-        return max(0.05, lost / (copied * nbytes))
-
     # ---- NVMe ---------------------------------------------------------------------------------------------
 
     def nvme(self, folder: str | Path) -> Nvme:
@@ -234,74 +348,104 @@ class _Bench:
         with NvmeFile(folder, size) as file, Arena(2 * piece, name="NVMe measurement") as arena:
             buffers = [arena.tensor(at, piece, torch.uint8) for at in (0, piece)]
             pieces = range(0, size - piece + 1, piece)
-            rates = []
-            for move, buffer in zip((file.write, file.read), buffers, strict=True):
-                began = time.perf_counter()
-                for at in pieces:
-                    move(at, buffer)
-                rates.append(len(pieces) * piece / (time.perf_counter() - began))
+            rates, spreads = [], []
+            for name, move, buffer in zip(("writes", "reads"), (file.write, file.read), buffers, strict=True):
+                with self.step(f"NVMe {name}"):
+                    ends = [time.perf_counter()]
+                    for at in pieces:
+                        move(at, buffer)
+                        ends.append(time.perf_counter())
+                rates.append(len(pieces) * piece / (ends[-1] - ends[0]))
+                spreads.append(repeated([b - a for a, b in itertools.pairwise(ends)]).spread)
             # As training does it: what is written was read a few pieces before.
-            both = self._side_by_side(
-                _in_turn(lambda at: file.write(at, buffers[0]), pieces),
-                _in_turn(lambda at: file.read(at, buffers[1]), [*pieces[len(pieces) // 2 :], *pieces]),
-            )
-            share = sum(count * piece / rate for count, rate in zip(both, rates, strict=True))
+            with self.step("NVMe reads beside writes"):
+                ends = self._side_by_side(
+                    _in_turn(lambda at: file.write(at, buffers[0]), pieces),
+                    _in_turn(lambda at: file.read(at, buffers[1]), [*pieces[len(pieces) // 2 :], *pieces]),
+                )
+        both = [
+            [calls * piece / alone for calls in found]
+            for found, alone in zip(rates_together(ends, 4), rates, strict=True)
+        ]
+        share = repeated([sum(shares) for shares in zip(*both, strict=True)])
+        how = f"O_DIRECT, {piece // MIB} MiB at a time"
         return Nvme(
             size_gb=self._figure(psutil.disk_usage(str(folder)).free / GB, "space free in the folder"),
-            write_gbs=self._figure(rates[0] / GB, f"O_DIRECT, {piece // MIB} MiB at a time"),
-            read_gbs=self._figure(rates[1] / GB, f"O_DIRECT, {piece // MIB} MiB at a time"),
-            mixed_share=self._figure(share, "reads and writes at once, each as a share of its rate alone"),
+            write_gbs=self._figure(rates[0] / GB, how, spreads[0]),
+            read_gbs=self._figure(rates[1] / GB, how, spreads[1]),
+            mixed_share=self._figure(
+                share.value, "reads and writes at once, each as a share of its rate alone", share.spread
+            ),
         )
 
     # ---- timing -------------------------------------------------------------------------------------------
 
-    def _figure(self, value: float, how: str) -> Figure:
-        digits = float(f"{value:.4g}")
-        return Figure(digits, "measured", f"{how}; {self.source}")
+    def _figure(self, value: float, how: str, spread: float = 0.0) -> Figure:
+        return Figure(float(f"{value:.4g}"), "measured", f"{how}; {self.source}", round(spread, 4))
 
-    def _seconds_of(self, action: Callable[[], object]) -> float:
-        """Median seconds of one call, after one that warms up; on a GPU, of calls in a row until all are done."""
+    def _seconds_of(self, action: Callable[[], object], seconds: float | None = None) -> Repeated:
+        """Seconds of one call, after two that warm up; on a GPU, of calls in a row until all are done."""
+        seconds = seconds or self.effort.seconds
         action()
         self._synchronize()
         began = time.perf_counter()
         action()
         self._synchronize()
         # Many short ones together, so that waiting for them doesn't count.
-        together = max(1, round(0.05 * self.effort.seconds / max(time.perf_counter() - began, 1e-7)))
+        together = max(1, round(0.05 * seconds / max(time.perf_counter() - began, 1e-7)))
         found = []
-        deadline = time.perf_counter() + self.effort.seconds
-        while len(found) < 3 or time.perf_counter() < deadline:
+        deadline = time.perf_counter() + seconds
+        while len(found) < 5 or time.perf_counter() < deadline:
             began = time.perf_counter()
             for _ in range(together):
                 action()
             self._synchronize()
             found.append((time.perf_counter() - began) / together)
-        return statistics.median(found)
+        return repeated(found)
 
-    def _side_by_side(self, *actions: Callable[[], object]) -> list[float]:
-        """Calls a second of each action while all of them run, each in a thread of its own."""
-        rates = [0.0] * len(actions)
-        start = threading.Barrier(len(actions))
+    def _side_by_side(self, *actions: Callable[[], object], seconds: float = 1.0) -> list[list[float]]:
+        """For each action, run over and over in a thread of its own beside the others, the time it began and the time
+        each call ended; for `seconds` of the effort's."""
+        start = threading.Barrier(len(actions) + 1)
         stop = threading.Event()
 
-        def loop(number: int, action: Callable[[], object]) -> None:
-            action()
-            start.wait()
-            began, count = time.perf_counter(), 0
-            while not stop.is_set() or count == 0:
+        def loop(action: Callable[[], object]) -> list[float]:
+            try:
                 action()
-                count += 1
-            rates[number] = count / (time.perf_counter() - began)
+                start.wait()
+            except BaseException:
+                start.abort()
+                raise
+            ends = [time.perf_counter()]
+            while not stop.is_set() or len(ends) == 1:
+                action()
+                ends.append(time.perf_counter())
+            return ends
 
-        threads = [threading.Thread(target=loop, args=pair, name="measure") for pair in enumerate(actions)]
-        for thread in threads:
-            thread.start()
-        time.sleep(self.effort.seconds)
-        stop.set()
-        for thread in threads:
-            thread.join()
-        return rates
+        with ThreadPoolExecutor(len(actions), thread_name_prefix="measure") as pool:
+            running = [pool.submit(loop, action) for action in actions]
+            try:
+                start.wait()
+                time.sleep(seconds * self.effort.seconds)
+            except threading.BrokenBarrierError:
+                pass  # An action failed: its own error tells why.
+            finally:
+                stop.set()
+        failed = [error for error in (future.exception() for future in running) if error is not None]
+        for error in failed:
+            if not isinstance(error, threading.BrokenBarrierError):
+                raise error
+        return [future.result() for future in running]
 
     def _synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize(self.device)
+
+
+def _kept(rates: Rates, name: str, mix: tuple[str, ...]) -> float:
+    """Speed of an action in a mix, as a fraction of its speed alone."""
+    return rates[mix][name] / rates[name,][name]
+
+
+def _assumed(figure: Figure, why: str) -> Figure:
+    return Figure(figure.value, "derived", why + figure.source)

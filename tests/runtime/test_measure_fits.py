@@ -1,0 +1,69 @@
+"""Figures from measurements: fits that give back what they are made from. No torch, no clock."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidetune.runtime.fits import fit_link, rates_together, repeated
+from slidetune.units import KIB, MIB
+
+SIZES = [4 * KIB, 64 * KIB, MIB, 16 * MIB, 256 * MIB]
+
+
+def test_repeated_by_hand():
+    assert repeated([3.0, 1.0, 2.0, 5.0, 4.0]) == (3.0, 1.0 / 3.0)
+    assert repeated([2.0]) == (2.0, 0.0)
+    assert repeated([0.0, 0.0, 0.0]) == (0.0, 0.0)
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=2, max_size=30), st.floats(0.01, 100))
+def test_spread_has_no_unit_and_lies_within_the_range(values, unit):
+    value, spread = repeated(values)
+    assert repeated([unit * v for v in values]) == pytest.approx((unit * value, spread))
+    assert 0.0 <= spread * value <= (max(values) - min(values)) / 2 + 1e-12
+
+
+@given(st.floats(1e-7, 1e-3), st.floats(1e9, 1e12), st.floats(1e9, 1e12))
+def test_a_link_of_latency_and_rate_comes_back(latency, up, down):
+    found = fit_link(SIZES, [latency + n / up for n in SIZES], [latency + n / down for n in SIZES])
+    assert found[:3] == pytest.approx((latency, up, down), rel=1e-6)
+    assert found.worst < 1e-6
+
+
+@given(st.lists(st.floats(0.9, 1.1), min_size=10, max_size=10))
+def test_noise_of_a_tenth_moves_the_fit_by_little_more(noise):
+    seconds = [(14e-6 + n / 55e9) * factor for n, factor in zip([*SIZES, *SIZES], noise, strict=True)]
+    found = fit_link(SIZES, seconds[:5], seconds[5:])
+    assert found.latency_s == pytest.approx(14e-6, rel=0.2)
+    assert found.up_bytes_per_s == pytest.approx(55e9, rel=0.2)
+    assert found.down_bytes_per_s == pytest.approx(55e9, rel=0.2)
+    assert found.worst <= 0.2
+
+
+def test_the_worst_deviation_is_named():
+    seconds = [10e-6 + n / 50e9 for n in SIZES]
+    down = [2.0 * s if n == MIB else s for n, s in zip(SIZES, seconds, strict=True)]
+    found = fit_link(SIZES, seconds, down)
+    assert found.worst_bytes == MIB
+    assert 0.2 < found.worst < 0.6
+
+
+@given(st.lists(st.floats(1e-7, 1.0), min_size=10, max_size=10))
+def test_any_times_give_a_link_that_can_be(seconds):
+    found = fit_link(SIZES, seconds[:5], seconds[5:])
+    assert found.latency_s >= 0.0
+    assert found.up_bytes_per_s > 0.0
+    assert found.down_bytes_per_s > 0.0
+
+
+def test_rates_count_while_all_of_them_run():
+    # The first runs from 0 to 10 at one call a second, the second from 2 to 6 at two.
+    first, second = [float(t) for t in range(11)], [2.0 + 0.5 * n for n in range(9)]
+    assert rates_together([first, second]) == [[pytest.approx(1.0)], [pytest.approx(2.0)]]
+
+
+def test_rates_by_windows():
+    # One call a second, then one every two.
+    slowing = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0]
+    assert rates_together([slowing], 2) == [pytest.approx([1.0, 0.5])]
+    assert rates_together([[0.0, 8.0], slowing], 4)[0] == pytest.approx([0.125] * 4)
