@@ -35,6 +35,8 @@ class Samples:
     labels: Tensor
     attention_mask: Tensor | None = None
     """None where nothing is padded."""
+    truncated: int = 0
+    """Rows of which an end was cut off, being longer than a sequence."""
 
     def batches(self, plan: Plan, seed: int = 0) -> Iterator[Batch]:
         """Batches without end: every sequence once, in random order, then again in another. What is left of a
@@ -68,7 +70,8 @@ def read_samples(path: str | Path, encode: Encode, seq_len: int, *, vocab_size: 
     """The sequences of a text file, or of a .jsonl file's rows.
 
     `end`: the token that ends a row, if the model has one. Raises BadFile, naming malformed rows by number, for a
-    file that is missing, empty, too short for one sequence or has rows that can't be used.
+    file that is missing, empty, too short for one sequence or has rows that can't be used, or of which nothing is
+    left to learn where the sequence ends.
     """
     path = Path(path)
     try:
@@ -84,13 +87,17 @@ def read_samples(path: str | Path, encode: Encode, seq_len: int, *, vocab_size: 
     if path.suffix != ".jsonl":
         return _stream(path, [_text_tokens(path, text, encode, vocab_size)], seq_len, None)
     rows = _rows(path, text, encode, vocab_size, end)
-    if all(labels is None for _, labels in rows):
-        return _stream(path, [ids for ids, _ in rows], seq_len, end)
-    return _padded([(ids, ids if labels is None else labels) for ids, labels in rows], seq_len)
+    if all(labels is None for _, _, labels in rows):
+        return _stream(path, [ids for _, ids, _ in rows], seq_len, end)
+    filled = [(number, ids, ids if labels is None else labels) for number, ids, labels in rows]
+    _check_something_is_left(path, filled, seq_len)
+    return _padded([(ids, labels) for _, ids, labels in filled], seq_len)
 
 
 Row = tuple[list[int], "list[int] | None"]
 """Token ids, and labels where they are not the ids of a stream."""
+NumberedRow = tuple[int, list[int], "list[int] | None"]
+"""The same, with the row's number in the file before it."""
 
 
 def _text_tokens(path: Path, text: str, encode: Encode, vocab_size: int) -> list[int]:
@@ -100,25 +107,42 @@ def _text_tokens(path: Path, text: str, encode: Encode, vocab_size: int) -> list
         raise BadFile(f"{path}: {error}.") from None
 
 
-def _rows(path: Path, text: str, encode: Encode, vocab_size: int, end: int | None) -> list[Row]:
-    rows: list[Row] = []
+def _rows(path: Path, text: str, encode: Encode, vocab_size: int, end: int | None) -> list[NumberedRow]:
+    """Rows that are not blank."""
+    rows: list[NumberedRow] = []
     faults: list[str] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # splitlines would also break a row at characters that JSON takes as they are, such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            rows.append(_row(json.loads(line), encode, vocab_size, end))
+            rows.append((number, *_row(json.loads(line), encode, vocab_size, end)))
         except json.JSONDecodeError as error:
             faults.append(f"row {number} is not JSON ({error.msg} at column {error.colno})")
         except ValueError as error:
             faults.append(f"row {number} {error}")
+    _refuse(
+        path, faults, "A row is an object with text, with prompt and completion, or with input_ids and perhaps labels."
+    )
+    return rows
+
+
+def _refuse(path: Path, faults: list[str], hint: str) -> None:
+    """Raise BadFile with the first faults of rows, if there are any."""
     if faults:
         more = f"; and {len(faults) - _SHOWN_ROWS} rows more" if len(faults) > _SHOWN_ROWS else ""
-        raise BadFile(
-            f"{path}: {'; '.join(faults[:_SHOWN_ROWS])}{more}.",
-            "A row is an object with text, with prompt and completion, or with input_ids and perhaps labels.",
-        )
-    return rows
+        raise BadFile(f"{path}: {'; '.join(faults[:_SHOWN_ROWS])}{more}.", hint)
+
+
+def _check_something_is_left(path: Path, rows: list[tuple[int, list[int], list[int]]], seq_len: int) -> None:
+    """Raise BadFile for rows whose labels all lie behind the end of a sequence: a step could do nothing with them."""
+    # The first label is nobody's next token.
+    faults = [
+        f"row {number} has {len(ids):,} tokens, and none to learn in its first {seq_len:,}"
+        for number, ids, labels in rows
+        if len(ids) > seq_len and all(label == IGNORED for label in labels[1:seq_len])
+    ]
+    _refuse(path, faults, "Shorten or remove these rows, or make a plan for longer sequences (--seq-len).")
 
 
 def _row(row: Any, encode: Encode, vocab_size: int, end: int | None) -> Row:
@@ -172,4 +196,4 @@ def _padded(rows: list[tuple[list[int], list[int]]], seq_len: int) -> Samples:
         ids[number, :count] = torch.tensor(row_ids[:count])
         labels[number, :count] = torch.tensor(row_labels[:count])
         mask[number, :count] = 1
-    return Samples(ids, labels, mask)
+    return Samples(ids, labels, mask, sum(len(row_ids) > seq_len for row_ids, _ in rows))

@@ -110,3 +110,27 @@ def test_malformed_rows_are_named(row, message, tmp_path):
 def test_many_malformed_rows(tmp_path):
     with pytest.raises(BadFile, match=r"row 1 .*row 10 .*and 5 rows more"):
         read(put(tmp_path, *["{"] * 15))
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_row_ends_at_newlines_only(separator, tmp_path):
+    row = json.dumps({"text": f"a{separator}b"}, ensure_ascii=False)
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(f"{row}\r\n{row}\n".encode())
+    both = list(f"a{separator}b".encode() * 2)
+    assert read(path).input_ids.flatten().tolist() == both[: len(both) // 4 * 4]
+
+
+def test_rows_that_are_cut_off_are_counted(tmp_path):
+    rows = ({"input_ids": [1, 2, 3, 4]}, {"prompt": "ab", "completion": "cdef"}, {"text": "abcdefgh"})
+    assert read(put(tmp_path, *rows)).truncated == 2
+    assert read(put(tmp_path, *rows[:1])).truncated == 0
+
+
+def test_rows_with_nothing_left_to_learn_are_named(tmp_path):
+    long = {"prompt": "abcd", "completion": "e"}
+    with pytest.raises(BadFile, match="row 2 has 5 tokens, and none to learn in its first 4; row 4 has") as caught:
+        read(put(tmp_path, {"prompt": "abc", "completion": "de"}, long, "", long))
+    assert "--seq-len" in caught.value.hint
+    with pytest.raises(BadFile, match=r"row 11 .*and 2 rows more"):
+        read(put(tmp_path, {"input_ids": [1]}, *[long] * 12))
