@@ -52,6 +52,9 @@ def load_model(ref: str) -> ModelSpec:
         return _from_path(path)
     if path.suffix == ".json":
         raise BadFile(f"{ref}: no such file.", "Give a config.json, a directory holding one, or a name.")
+    # Where the owner's folder is here, a path was meant: asking the hub for it takes minutes where there is none.
+    if "/" in ref and path.parent.is_dir():
+        raise BadFile(f"{ref}: no such directory.", "Give a config.json, a directory holding one, or a name.")
     if _looks_like_hub_id(ref):
         return _from_hub(ref)
     raise UnknownName("model", ref, model_names(), "`slidetune models` lists them all.")

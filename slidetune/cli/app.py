@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -13,14 +15,13 @@ from slidetune.cli.fit import fit
 from slidetune.cli.lists import gpus, models, schema
 from slidetune.cli.plan import plan
 from slidetune.cli.profile import profile
-from slidetune.cli.run import run
+from slidetune.cli.run import INTERRUPTED, run
 from slidetune.cli.simulate import report, simulate
 from slidetune.cli.tune_loop import tune_loop
 from slidetune.cli.validate import validate
 from slidetune.errors import SlidetuneError
 
 USER_ERROR = 2
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="slidetune",
@@ -31,8 +32,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
+    """Say that Ctrl-C has ended a command; typer would end it without a word."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **values: Any) -> None:
+        try:
+            command(*args, **values)
+        except KeyboardInterrupt:
+            err.print("Stopped.")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return wrapped
+
+
 for command in (plan, run, validate, tune_loop, profile, simulate, report, fit, gpus, models, schema):
-    app.command()(command)
+    app.command()(_stoppable(command))
 
 
 def _print_version(asked: bool) -> None:

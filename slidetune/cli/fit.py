@@ -19,7 +19,7 @@ def fit(
     here: Machine,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Only this model; may be given several times.  [default: the catalog]", show_default=False),
+        typer.Option(help="Only this model; may be given several times.  \\[default: the catalog]", show_default=False),
     ] = None,
     seq_len: SeqLen = None,
     trials: Annotated[int, typer.Option(help="Plans to simulate for each model.")] = api.FIT_TRIALS,

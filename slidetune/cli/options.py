@@ -19,7 +19,7 @@ _PANEL = "Machine"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a page.")]
 SeqLen = Annotated[
-    int | None, typer.Option("--seq-len", help="Tokens a sequence.  [default: 1024]", show_default=False)
+    int | None, typer.Option("--seq-len", help="Tokens a sequence.  \\[default: 1024]", show_default=False)
 ]
 TraceFile = Annotated[
     Path | None,
@@ -61,10 +61,10 @@ def _option(*names: str, **kwargs: Any) -> Any:
 def _machine_from(
     *,
     gpu: Annotated[
-        str | None, _option("--gpu", help=f"A GPU of `slidetune gpus`, such as 4090.  [default: {DEFAULT_GPU}]")
+        str | None, _option("--gpu", help=f"A GPU of `slidetune gpus`, such as 4090.  \\[default: {DEFAULT_GPU}]")
     ] = None,
     host: Annotated[
-        str | None, _option("--host", help=f"Host preset: desktop, workstation, server.  [default: {DEFAULT_HOST}]")
+        str | None, _option("--host", help=f"Host preset: desktop, workstation, server.  \\[default: {DEFAULT_HOST}]")
     ] = None,
     ram: Annotated[float | None, _option("--ram", metavar="GIB", help="RAM, GiB.")] = None,
     cores: Annotated[float | None, _option("--cores", metavar="N", help="Physical CPU cores.")] = None,

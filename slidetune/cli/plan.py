@@ -26,7 +26,7 @@ def plan(
         str | None,
         typer.Option(
             help="A name of `slidetune models`, a config.json, a directory or a hub id.  "
-            f"[default: {api.DEFAULT_MODEL}]",
+            f"\\[default: {api.DEFAULT_MODEL}]",
             show_default=False,
         ),
     ] = None,

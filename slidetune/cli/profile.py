@@ -13,6 +13,7 @@ from slidetune import files
 from slidetune.cli import console
 from slidetune.cli.results import check_writable
 from slidetune.cli.run import torch_is_there
+from slidetune.errors import DoesNotFit
 from slidetune.units import format_seconds
 
 
@@ -22,7 +23,7 @@ def profile(
     ] = Path("profile.yaml"),
     *,
     device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1, cpu.  [default: the first GPU, else cpu]", show_default=False)
+        str | None, typer.Option(help="cuda, cuda:1, cpu.  \\[default: the first GPU, else cpu]", show_default=False)
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -39,21 +40,23 @@ def profile(
     """Measure this machine: rates of GPU, link, CPU and drive, for `--profile`. Let it idle meanwhile."""
     check_writable(output)
     torch_is_there()
-    import torch
-
     from slidetune.runtime.measure import Effort, measure_machine
     from slidetune.runtime.measure_kernels import measure_kernels
+    from slidetune.runtime.trainer import chosen_device
     from slidetune.units import MIB
 
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = chosen_device(device)
     effort = Effort(seconds=0.1, copy_bytes=32 * MIB, params=8 * MIB, matrix=2048, nvme_bytes=128 * MIB)
-    found = measure_machine(chosen, nvme_folder=nvme_dir, effort=effort if quick else None)
+    try:
+        found = measure_machine(chosen, nvme_folder=nvme_dir, effort=effort if quick else None)
+    except MemoryError as error:
+        raise DoesNotFit(f"{error}.", "End what else uses the memory; --quick takes less of it.") from None
     for name, wanted in itertools.product(model or (), kernels or ("auto",)):
         with console.progress(f"measuring {name}") as advance:
             times = measure_kernels(
                 name,
                 found.gpu,
-                torch.device(chosen),
+                chosen,
                 kernels=wanted,
                 seconds=5.0 if quick else 30.0,
                 progress=lambda done, of: advance(done, of, "micro-batches"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,17 +13,17 @@ from slidetune import validating
 from slidetune.cli import console
 from slidetune.cli.options import Json
 from slidetune.cli.results import check_writable
-from slidetune.cli.run import SYNTHETIC, batches_of, torch_is_there
+from slidetune.cli.run import PROFILE_HERE, SYNTHETIC, batches_of, check_weights_folder, torch_is_there
 from slidetune.cli.validation_pages import grid_page, summary_page, validation_page
-from slidetune.errors import BadFile, SlidetuneError
+from slidetune.errors import BadFile, DoesNotFit, SlidetuneError
 from slidetune.machines import adapted, load_profile
+from slidetune.models import load_model
 from slidetune.plan_file import read_plan
 from slidetune.reporting import validation_report
 from slidetune.traces.recorded import SUFFIX, run_name, save_run
 from slidetune.traces.validation import Summary, Validation
 
 BEYOND_LIMITS = CASES_FAILED = 1
-_HERE = Path("profile.yaml")
 
 
 def validate(
@@ -31,7 +32,8 @@ def validate(
     ] = None,
     *,
     grid: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="In place of a plan, a YAML list of cases: all are run.")
+        Path | None,
+        typer.Option(metavar="FILE", help="In place of a plan, a YAML file with a list `cases:` of models or plans."),
     ] = None,
     recorded: Annotated[
         Path | None,
@@ -112,16 +114,23 @@ def _one(
         raise SlidetuneError(f"--record {record}: a recorded run is a file NAME{SUFFIX}.")
     check_writable(record)
     torch_is_there()
+    if model is not None:
+        check_weights_folder(model)
+    ref = model or chosen.model
+    batches = batches_of(data, ref, chosen, load_model(ref).vocab_size, how["seed"])
     with console.progress("validating") as advance:
-        found = validating.validate(
-            path,
-            adapted(machine, kernels=kernels),
-            model=model,
-            batches=lambda vocabulary: batches_of(data, model or chosen.model, chosen, vocabulary, how["seed"]),
-            name=run_name(record) if record else "",
-            progress=advance,
-            **how,
-        )
+        try:
+            found = validating.validate(
+                path,
+                adapted(machine, kernels=kernels),
+                model=model,
+                batches=lambda _: batches,
+                name=run_name(record) if record else "",
+                progress=advance,
+                **how,
+            )
+        except DoesNotFit as error:
+            raise DoesNotFit(error.message, _as_measured(error.hint)) from None
     if record is not None:
         save_run(record, found.run, machine, Path(profile_ref).stem)
     page = None if output is None else _write_report(output, found)
@@ -132,6 +141,11 @@ def _one(
     for written in (record, page):
         if written is not None:
             console.out.print(f"Written: {written}", style="dim")
+
+
+def _as_measured(hint: str) -> str:
+    """A hint on what would fit, without the option for drives that only planning has."""
+    return re.sub(r"--nvme ([\d.]+TB):[\w/]+", r"\1 of NVMe, which `slidetune profile --nvme-dir DIR` measures", hint)
 
 
 def _grid(
@@ -193,12 +207,12 @@ def _write_report(directory: Path, found: Validation) -> Path:
 def _profile(given: str | None) -> str:
     if given is not None:
         return given
-    if not _HERE.is_file():
+    if not PROFILE_HERE.is_file():
         raise SlidetuneError(
             "there is no profile of this machine to predict from.",
-            f"`slidetune profile` measures the machine and writes {_HERE}; or name one with --profile.",
+            f"`slidetune profile` measures the machine and writes {PROFILE_HERE}; or name one with --profile.",
         )
-    return str(_HERE)
+    return str(PROFILE_HERE)
 
 
 def _one_of(plan: Path | None, grid: Path | None, recorded: Path | None) -> None:

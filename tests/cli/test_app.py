@@ -5,8 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
 import slidetune as package
+from slidetune.cli import lists
+from slidetune.cli.app import app
 
 from .commands import refused, slidetune
 
@@ -50,3 +54,21 @@ def test_an_unknown_command_suggests_a_near_one(tmp_path):
 
 def test_an_unknown_option_suggests_a_near_one(tmp_path):
     refused("plan", "--gpuu", "rtx4090", cwd=tmp_path, saying="--gpu")
+
+
+@pytest.mark.parametrize("command", sorted(get_command(app).commands))
+def test_defaults_that_help_names_are_shown(command):
+    """What is in brackets rich takes for a style, and leaves out, unless it is escaped."""
+    said = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "400", "NO_COLOR": "1"}).output
+    helps = [option.help for option in get_command(app).commands[command].params if getattr(option, "help", None)]
+    for default in (text[text.index("default:") :] for text in helps if "default:" in text):
+        assert default in said
+
+
+def test_ctrl_c_is_said(monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lists, "load_model", interrupted)
+    ended = CliRunner().invoke(app, ["models"])
+    assert (ended.exit_code, ended.stderr) == (130, "Stopped.\n")

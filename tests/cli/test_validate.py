@@ -91,6 +91,22 @@ def test_what_must_be_said(folder, tmp_path):
     refused(folder / "plan.yaml", cwd=tmp_path, saying="`slidetune profile` measures the machine")
 
 
+def test_what_would_fit_is_said_in_this_commands_words(folder):
+    pytest.importorskip("torch")
+    plan = Plan(model="small", seq_len=32, adam_threads=1, window=2, optimizer_nvme=1)
+    write_plan(folder / "nvme.yaml", plan)
+    files.write(folder / "no-drive.yaml", machine("rtx4090", cores=2, nvme="none"))
+    ran = slidetune("validate", "nvme.yaml", "--profile", "no-drive.yaml", cwd=folder)
+    assert ran.code == 2
+    assert "slidetune profile --nvme-dir DIR" in ran.words
+    assert "--nvme 0" not in ran.words
+
+
+def test_a_model_that_is_not_there(folder):
+    pytest.importorskip("torch")
+    refused("plan.yaml", "--model", "m/nope", cwd=folder, saying="m/nope: there is no such directory")
+
+
 # --- A grid
 
 
