@@ -109,25 +109,25 @@ class LinkFit(NamedTuple):
 
 
 def fit_link(sizes: Sequence[int], up_s: Sequence[float], down_s: Sequence[float]) -> LinkFit:
-    """Least squares of relative deviations, so that small copies count as much as large ones.
+    """The largest copy each way as it was measured, since most bytes travel in such; the latency by least squares of
+    the relative deviations of the others, so that small ones count as much as large ones.
 
-    `sizes` in bytes, with the seconds of a copy of each up and down.
+    `sizes` in bytes, ascending, with the seconds of a copy of each up and down.
     """
-    n, seconds = np.array([*sizes, *sizes], dtype=float), np.array([*up_s, *down_s])
-    up = np.arange(len(n)) < len(sizes)
-    columns = np.stack([np.ones_like(n), n * up, n * ~up], axis=1) / seconds[:, None]
-    found = _not_negative(columns)
-    deviations = np.abs(columns @ found - 1.0)
+    share = np.array([*sizes, *sizes], dtype=float) / sizes[-1]
+    seconds = np.array([*up_s, *down_s])
+    largest = np.repeat([up_s[-1], down_s[-1]], len(sizes))
+    # seconds = latency + (largest - latency) * share, over what was measured: latency * slope + start.
+    slope, start = (1.0 - share) / seconds, largest * share / seconds
+    latency = float((slope * (1.0 - start)).sum() / max((slope**2).sum(), 1e-300))
+    # Where caches make small copies fast, on a CPU as device, there is none.
+    latency = max(0.0, min(latency, 0.99 * up_s[-1], 0.99 * down_s[-1]))
+    deviations = np.abs(latency * slope + start - 1.0)
     worst = int(np.argmax(deviations))
-    latency, up_s, down_s = found.tolist()
-    return LinkFit(latency, 1.0 / up_s, 1.0 / down_s, float(deviations[worst]), int(n[worst]))
-
-
-def _not_negative(columns: np.ndarray) -> np.ndarray:
-    """What times `columns` comes nearest to 1 in least squares, without a latency below 0."""
-    found = np.linalg.lstsq(columns, np.ones(len(columns)), rcond=None)[0]
-    if found[0] >= 0.0 and min(found[1:]) > 0.0:
-        return found
-    # Copies that caches speed up, on a CPU as device. The two columns left have no row in common.
-    rates = columns[:, 1:]
-    return np.array([0.0, *(rates.sum(axis=0) / (rates**2).sum(axis=0))])
+    return LinkFit(
+        latency,
+        sizes[-1] / (up_s[-1] - latency),
+        sizes[-1] / (down_s[-1] - latency),
+        float(deviations[worst]),
+        sizes[worst % len(sizes)],
+    )

@@ -214,8 +214,8 @@ class _Bench:
         size = self.effort.copy_bytes
         duplex = repeated([sum(rates[UP, DOWN].values()) * size / GB for rates in passes])
         how = (
-            f"page-locked copies of {format_bytes(copies.sizes[0])} to {format_bytes(size)} take latency + bytes/rate, "
-            f"off by {fit.worst:.0%} at worst ({format_bytes(fit.worst_bytes)})"
+            f"{'page-locked ' if self.cuda else ''}copies of {format_bytes(copies.sizes[0])} to {format_bytes(size)} as "
+            f"latency + bytes/rate, off by {fit.worst:.0%} at worst ({format_bytes(fit.worst_bytes)})"
         )
         return Link(
             name="measured",
