@@ -95,6 +95,29 @@ def _short_forms(key: str) -> set[str]:
     return {re.sub(r"^rt?x", "", _fold(form)) for form in (key, base)} | {_fold(base)}
 
 
+# What the name of a device may add to the card's own; anything else (Laptop, D, Max-Q, NVL) is another card.
+_DECORATION = re.compile(r"(?:\d+gb?|hbm\d?e?|sxm\d?|pcie|generation|blackwell|(?:workstation|server)edition)*")
+# How far the memory that a device reports may be from the catalog's, as a fraction: 8 GB aren't 12 GB.
+_SAME_MEMORY = 0.06
+
+
+def catalog_card(device: str, memory_gib: float) -> str | None:
+    """The catalog key of the card that a driver names `device` and that has `memory_gib`, or None."""
+    folded = _fold(device)
+
+    def fits(key: str) -> bool:
+        base, _, variant = key.partition("-")
+        rest = folded.removeprefix(_fold(base))
+        return (
+            folded.startswith(_fold(base))
+            and _DECORATION.fullmatch(rest) is not None
+            and (variant not in ("pcie", "sxm") or ("pcie" in rest) == (variant == "pcie"))
+            and math.isclose(memory_gib, _gpu(key).memory_gib.value, rel_tol=_SAME_MEMORY)
+        )
+
+    return next((key for key in gpu_names() if fits(key)), None)
+
+
 # --- Links
 
 
@@ -368,6 +391,42 @@ def guessed(profile: HardwareProfile) -> list[str]:
         for path, figure in profile.figures()
         if figure.kind == "guess"
     ]
+
+
+# Each with the share of it that is reached: what is measured is the product.
+_ACHIEVED = {"gpu.bf16_tflops": "gpu.matmul_efficiency", "gpu.memory_gbs": "gpu.memory_efficiency"}
+# A preset's sizes and parts, which are nobody's guess of this machine.
+_PRESETS = {"host.cores", "host.ram_gib", "host.dram_gbs", "host.dram_efficiency"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Guess:
+    """What the catalog has for a figure that was measured."""
+
+    figure: Figure
+    """The catalog's. A rate is what is reached of it, as measured rates are."""
+    difference: float
+    """How far the measured figure is from it, as a fraction of it."""
+
+
+def catalog_guesses(profile: HardwareProfile) -> dict[str, Guess]:
+    """By path, what `machine` assumes of the figures of a measured profile; nothing for a card it doesn't have."""
+    key = catalog_card(profile.gpu.name, profile.gpu.memory_gib.value)
+    if key is None:
+        return {}
+    assumed = machine(key)
+    found = {}
+    for path, figure in profile.figures():
+        if figure.kind != "measured" or path in _PRESETS or path in _ACHIEVED.values() or path.startswith("nvme."):
+            continue
+        guess, value = assumed.figure(path), figure.value
+        if efficiency := _ACHIEVED.get(path):
+            share = assumed.figure(efficiency)
+            guess = dataclasses.replace(share, value=round(guess.value * share.value, 6))
+            value *= profile.figure(efficiency).value
+        if guess.value > 0:
+            found[path] = Guess(guess, round(value / guess.value - 1.0, 4))
+    return found
 
 
 def _check_figures(path: Path, profile: HardwareProfile) -> None:

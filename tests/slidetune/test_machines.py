@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from slidetune import files, machines
 from slidetune.errors import BadFile, SlidetuneError, UnknownName
-from slidetune.hardware import Gpu, HardwareProfile, Host, Kind, Link, Nvme
+from slidetune.hardware import Figure, Gpu, HardwareProfile, Host, Kind, Link, Nvme
 from slidetune.machines import (
+    catalog_card,
+    catalog_guesses,
     default_link,
     gpu_names,
     guessed,
@@ -289,6 +291,87 @@ def test_every_host_figure_says_how_it_is_known(name):
         assert figure.kind in typing.get_args(Kind)
         assert figure.source
         assert figure.value > 0
+
+
+# --- what a driver calls a card
+
+
+@pytest.mark.parametrize(
+    ("device", "memory_gib", "key"),
+    [
+        ("NVIDIA H200", 139.8, "h200"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100-sxm"),
+        ("NVIDIA H100 PCIe", 79.1, "h100-pcie"),
+        ("NVIDIA A100-SXM4-80GB", 79.3, "a100-80g"),
+        ("NVIDIA A100-PCIE-40GB", 39.4, "a100-40g"),
+        ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090"),
+        ("NVIDIA GeForce RTX 3060", 11.8, "rtx3060-12g"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 15.7, "rtx4070tisuper"),
+        ("NVIDIA RTX A6000", 47.5, "rtxa6000"),
+        ("NVIDIA RTX 6000 Ada Generation", 47.5, "rtx6000ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 95.0, "rtxpro6000-blackwell"),
+        ("NVIDIA L4", 22.0, "l4"),
+        ("NVIDIA L40S", 44.4, "l40s"),
+        ("NVIDIA A10G", 22.0, "a10g"),
+        ("AMD Instinct MI300X", 192.0, "mi300x"),
+        # Other cards of a like name.
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.7, None),
+        ("NVIDIA GeForce RTX 4090 D", 23.6, None),
+        ("NVIDIA GeForce RTX 3060", 7.8, None),
+        ("NVIDIA GeForce RTX 4080 SUPER", 15.7, None),
+        ("NVIDIA H100 NVL", 93.1, None),
+        ("NVIDIA L40", 44.4, None),
+        ("CPU as device", 64.0, None),
+        ("", 24.0, None),
+    ],
+)
+def test_a_card_by_what_the_driver_calls_it(device, memory_gib, key):
+    assert catalog_card(device, memory_gib) == key
+
+
+@pytest.mark.parametrize("key", gpu_names())
+def test_every_card_of_the_catalog_can_be_found(key):
+    gpu = load_gpu(key)
+    suffix = " PCIe" if key == "h100-pcie" else ""
+    assert catalog_card(f"{key.split('-')[0]}{suffix}", gpu.memory_gib.value) == key
+
+
+def measured(profile):
+    """A profile as `slidetune profile` writes it: all measured, efficiencies 1."""
+    for path, figure in profile.figures():
+        efficiency = f"{path.split('.')[0]}.{'matmul' if 'tflops' in path else 'memory'}_efficiency"
+        reached = profile.figure(efficiency).value if path in ("gpu.bf16_tflops", "gpu.memory_gbs") else 1.0
+        value = 1.0 if path.endswith("_efficiency") else figure.value * reached
+        profile = profile.replaced(path, Figure(value, "measured", "bench", 0.02))
+    return profile
+
+
+def test_a_machine_that_is_as_the_catalog_has_it_differs_nowhere():
+    guesses = catalog_guesses(measured(machine("rtx4090")))
+    assert {guess.difference for guess in guesses.values()} == {0.0}
+    assert guesses["gpu.bf16_tflops"].figure.value == pytest.approx(load_gpu("rtx4090").matmul_flops / 1e12)
+    assert {"link.h2d_gbs", "link.latency_us", "host.download_priority", "host.adam_gparams_per_core"} <= set(guesses)
+    # Nobody guessed how much RAM there is, or which drive.
+    assert not {"host.cores", "host.ram_gib", "host.dram_gbs", "nvme.read_gbs"} & set(guesses)
+
+
+def test_what_a_measurement_changed_of_the_catalogs_guess():
+    here = measured(machine("rtx4090")).scaled("link.h2d_gbs", 0.88).scaled("gpu.bf16_tflops", 1.1)
+    guesses = catalog_guesses(here)
+    changed = {path: guess.difference for path, guess in guesses.items() if guess.difference}
+    assert changed == {"link.h2d_gbs": -0.12, "gpu.bf16_tflops": 0.1}
+    assert guesses["link.h2d_gbs"].figure == default_link("rtx4090").h2d_gbs
+
+
+def test_figures_that_were_not_measured_are_not_compared():
+    assert catalog_guesses(machine("rtx4090")).keys() <= {
+        path for path, figure in machine("rtx4090").figures() if figure.kind == "measured"
+    }
+
+
+def test_no_guess_of_an_unknown_card():
+    here = measured(machine("rtx4090"))
+    assert catalog_guesses(dataclasses.replace(here, gpu=dataclasses.replace(here.gpu, name="CPU as device"))) == {}
 
 
 def test_unknown_preset():
