@@ -7,6 +7,7 @@ them with. Each measurement belongs to a task of the schedule, so that the simul
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -60,6 +61,26 @@ CUDA_GRID = (
 CPU_GRID = (Point(1, 64), Point(4, 64), Point(1, 256), Point(4, 64, 2), Point(4, 256))
 
 Progress = Callable[[int, int], None]
+
+# Compilers and libraries try variants in the first rounds: a point may take twice as long in its first as in its fifth.
+_WARM_UP_ROUNDS, _WARM_UP_SECONDS = 8, 2.0
+_AGREE = 0.05
+
+
+def warm_up(one_round: Callable[[], Sequence[float]]) -> float:
+    """Run rounds until no action's seconds differ by more than 5 % from the round before, or they have been eight or
+    taken two seconds, but for a second one; the seconds of the last."""
+    before, seconds = one_round(), 0.0
+    spent = sum(before)
+    for _ in range(_WARM_UP_ROUNDS - 1):
+        now = one_round()
+        seconds = sum(now)
+        spent += seconds
+        agree = all(abs(a - b) <= _AGREE * max(a, b) for a, b in zip(before, now, strict=True))
+        if agree or spent > _WARM_UP_SECONDS:
+            break
+        before = now
+    return seconds
 
 
 def measure_kernels(
@@ -220,23 +241,21 @@ class _Bench:
 
     def _timed(self, actions: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
         """Seconds of each action while all follow one another several times."""
-        for _ in range(2):
-            self._synchronize()
-            began = time.perf_counter()
-            for action in actions.values():
-                action()
-            self._synchronize()
-        rounds = 4 + int(min(20, 0.5 / max(time.perf_counter() - began, 1e-6)))
-        marks = [[] for _ in range(rounds)]
+        seconds = warm_up(lambda: self._rounds(actions, 1)[0])
+        rounds = self._rounds(actions, 4 + int(min(20, 0.5 / max(seconds, 1e-6))))
+        return dict(zip(actions, map(list, zip(*rounds, strict=True)), strict=True))
+
+    def _rounds(self, actions: dict[str, Callable[[], None]], count: int) -> list[list[float]]:
+        """Seconds of each action in each round."""
+        marks = [[] for _ in range(count)]
+        self._synchronize()
         for row in marks:
             row.append(self._now())
             for action in actions.values():
                 action()
                 row.append(self._now())
         self._synchronize()
-        return {
-            name: [self._between(row[number], row[number + 1]) for row in marks] for number, name in enumerate(actions)
-        }
+        return [[self._between(start, end) for start, end in itertools.pairwise(row)] for row in marks]
 
     def _now(self) -> object:
         if self.device.type != "cuda":
