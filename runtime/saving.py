@@ -14,6 +14,32 @@ from slidetune.errors import SlidetuneError
 # What other saves leave of weights; transformers prefers a single file to an index.
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "pytorch_model.bin.index.json")
 
+# What goes with the weights without being trained: text to tokens and back, and how to generate.
+_EXTRAS = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def save_extras(source: Path, target: str | Path) -> None:
+    """Copy a model directory's tokenizer and generation config, so that what is saved beside them can be used at once.
+
+    Raises SlidetuneError if that fails.
+    """
+    target = Path(target)
+    if source.resolve() == target.resolve():
+        return
+    try:
+        for path in sorted({path for pattern in _EXTRAS for path in source.glob(pattern) if path.is_file()}):
+            shutil.copyfile(path, target / path.name)
+    except OSError as error:
+        raise SlidetuneError(f"{target}: the tokenizer could not be copied ({error}).") from error
+
 
 def save_units(folder: str | Path, model: nn.Module, units: Iterable[dict[str, Tensor]]) -> None:
     """Write the weights of one unit after the other, each to a file of its own, then config and index.

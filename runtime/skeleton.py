@@ -26,6 +26,9 @@ def skeleton(ref: str | Path) -> nn.Module:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except (ValueError, KeyError) as error:
         raise SlidetuneError(f"{ref}: transformers builds no causal language model of it ({error}).") from None
+    # The loss of causal models; transformers warns where a class's name (GPT2LMHeadModel) doesn't say so.
+    if getattr(model, "loss_type", None) is None:
+        model.loss_type = "ForCausalLM"
     _make_buffers(model)
     return model
 

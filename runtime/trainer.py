@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import warnings
 from collections import deque
@@ -24,7 +25,7 @@ from slidetune import buffers
 from slidetune.builder import build
 from slidetune.errors import DoesNotFit, SlidetuneError
 from slidetune.model import ModelSpec, with_frozen
-from slidetune.models import load_model, model_names
+from slidetune.models import in_catalog, load_model
 from slidetune.plan_file import read_plan
 from slidetune.plans import Placement, Plan, place_layers
 from slidetune.runtime import arena, batches, clipping
@@ -44,7 +45,7 @@ from slidetune.runtime.pointing import Pointed
 from slidetune.runtime.pools import Pools
 from slidetune.runtime.randomness import Randomness, draws_random_numbers
 from slidetune.runtime.rows import RowTables
-from slidetune.runtime.saving import save_units
+from slidetune.runtime.saving import save_extras, save_units
 from slidetune.runtime.skeleton import skeleton
 from slidetune.runtime.steps import Step
 from slidetune.runtime.unit_layouts import Rule, UnitLayout, frozen_counts, unit_layouts
@@ -53,6 +54,7 @@ from slidetune.schedule import Schedule
 from slidetune.trace import TraceRow
 from slidetune.units import format_bytes, format_count
 
+_log = logging.getLogger(__name__)
 _LESS_GPU = "`slidetune plan --gpu-memory GIB` finds a plan that needs less; so does a smaller window or micro_batch."
 _LESS_RAM = "`slidetune plan --ram GIB` finds a plan that needs less; so does a larger optimizer_nvme, given a drive."
 
@@ -126,9 +128,11 @@ class SlidingTrainer:
         self._nvme: NvmeFile | None = None
         self._lanes: Lanes | None = None
         self._closed = False
+        self._directory = None if isinstance(model, nn.Module) else _directory(model)
         ref, model = model, _causal_model(model) if isinstance(model, nn.Module) else skeleton(model)
         whole = spec_of(model, plan.model)
-        _check_same_model(plan, whole)
+        if ref != plan.model:
+            _check_same_model(plan, whole)
         self.parts = Parts(model, whole)
         model.train()
         units = unit_layouts(self.parts, rule or decay_where_it_belongs(optimizer or AdamW()))
@@ -169,8 +173,7 @@ class SlidingTrainer:
             TaskFailed: a task failed, in this step or in what was left of the one before. The trainer has stopped.
             SlidetuneError: for a batch that doesn't fit the plan.
         """
-        if self._closed:
-            raise SlidetuneError("this trainer is closed.")
+        self._check_open()
         if not _is_rate(lr_scale):
             raise SlidetuneError(f"lr_scale must be a finite number of at least 0, not {lr_scale!r}.")
         tensors = batches.checked(batch, self.plan, self.spec.vocab_size, self.spec.max_seq_len)
@@ -213,6 +216,7 @@ class SlidingTrainer:
 
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """All parameters by their names in the model, on the host: the fp32 masters, or rounded to `dtype`."""
+        self._check_open()
         self.finish()
         found: dict[str, Tensor] = {}
         slot = self._staging()
@@ -223,15 +227,20 @@ class SlidingTrainer:
     def save(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write config and weights as transformers' `from_pretrained` takes them, a safetensors file a unit.
 
-        Raises SlidetuneError if the folder can't be written to.
+        The tokenizer of a model that was read from a directory goes with them. Raises SlidetuneError if the folder
+        can't be written to.
         """
+        self._check_open()
         self.finish()
         slot = self._staging()
         save_units(folder, self.parts.model, (unit_weights(master, slot, dtype) for master in self._masters))
+        if self._directory is not None:
+            save_extras(self._directory, folder)
 
     def grad_norm(self) -> float | None:
         """Norm of all gradients of the last step, before clipping; None if the plan doesn't clip. Waits for the
         step."""
+        self._check_open()
         if self.plan.clip_norm is None or self._last is None:
             return None
         self._lanes.drain()
@@ -250,6 +259,7 @@ class SlidingTrainer:
     @property
     def trace(self) -> list[TraceRow]:
         """When each task ran, in the last steps; how many was said at the start. Waits for them to finish."""
+        self._check_open()
         if not self._recorded.maxlen:
             raise SlidetuneError("no trace was recorded.", "Say at the start how many steps to record: trace=8.")
         self.finish()
@@ -292,6 +302,10 @@ class SlidingTrainer:
             self.close()
 
     # ---- plumbing -----------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SlidetuneError("this trainer is closed.")
 
     def _new_step(self, **known: Any) -> Step:
         self.steps += bool(known)
@@ -490,15 +504,35 @@ def _check_rates(units: list[UnitLayout]) -> None:
 
 
 def _check_same_model(plan: Plan, model: ModelSpec) -> None:
-    """Raise SlidetuneError where the plan names a model that can be looked up and is another one."""
-    if plan.model not in model_names() and not Path(plan.model).exists():
+    """Raise SlidetuneError where the plan names another model; warn where what it names can't be looked up."""
+    if not in_catalog(plan.model) and not Path(plan.model).expanduser().exists():
+        _log.warning(
+            "The plan is for %s, which is neither in the catalog nor a path here: whether it is for this model is not "
+            "checked.",
+            plan.model,
+        )
         return
     planned = load_model(plan.model)
-    if [u.params for u in planned.units] != [u.params for u in model.units] or planned.tied != model.tied:
+    if (
+        [u.params for u in planned.units] != [u.params for u in model.units]
+        or planned.tied != model.tied
+        or planned.family != model.family
+    ):
         raise SlidetuneError(
-            f"the plan is for {plan.model}, {len(planned.layers)} layers and {format_count(planned.params)} "
-            f"parameters; this model has {len(model.layers)} layers and {format_count(model.params)} parameters."
+            f"the plan is for {plan.model}, {_in_words(planned)}; this model has {_in_words(model)}.",
+            "Make a plan for this model: `slidetune plan --model`.",
         )
+
+
+def _in_words(model: ModelSpec) -> str:
+    return f"{len(model.layers)} layers and {format_count(model.params)} parameters of family {model.family}"
+
+
+def _directory(ref: str | Path) -> Path | None:
+    """The directory that a model is read from, if it is one."""
+    path = Path(ref).expanduser()
+    path = path.parent if path.name == "config.json" else path
+    return path if path.is_dir() else None
 
 
 def _weights(

@@ -36,6 +36,11 @@ def model_names() -> list[str]:
     return list(_rows())
 
 
+def in_catalog(ref: str) -> bool:
+    """Whether `ref` names a model of the offline catalog, by its name there or its hub id."""
+    return _catalog_name(ref) is not None
+
+
 def load_model(ref: str) -> ModelSpec:
     """The model that `ref` names.
 

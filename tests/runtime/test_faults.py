@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
+import json
 import os
 import signal
 import threading
@@ -222,6 +224,44 @@ def test_a_loss_that_is_no_number_is_taken_if_told_so():
 def test_a_plan_for_another_model():
     with pytest.raises(SlidetuneError, match=r"the plan is for qwen3-0\.6b, 28 layers"):
         SlidingTrainer(make_model(CONFIG), Plan(model="qwen3-0.6b", **SIZES), device=DEVICE)
+
+
+def test_a_plan_for_a_model_of_the_same_sizes_and_another_family(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "mistral"}))
+    refused("of family mistral; this model has .* of family llama", plan=Plan(model=str(tmp_path), **SIZES))
+
+
+def test_a_plan_by_a_hub_id_of_the_catalog():
+    refused(
+        r"the plan is for meta-llama/Llama-3\.1-70B, 80 layers", plan=Plan(model="meta-llama/Llama-3.1-70B", **SIZES)
+    )
+
+
+def test_a_plan_for_what_can_not_be_looked_up(caplog):
+    for model, told in (("someone/some-model", True), ("gpt2", False)):
+        caplog.clear()
+        with contextlib.suppress(SlidetuneError):
+            SlidingTrainer(make_model(CONFIG), Plan(model=model, **SIZES), device=DEVICE).close()
+        assert ("The plan is for someone/some-model, which is neither" in caplog.text) == told
+
+
+def test_a_closed_trainer_says_so():
+    plan = Plan(model="llama", update="forward", clip_norm=1.0, **SIZES)
+    with SlidingTrainer(make_model(CONFIG), plan, device=DEVICE, trace=2) as trainer:
+        batch = next(random_batches(CONFIG, plan, 1))
+        trainer.step(batch)
+    uses = (
+        lambda: trainer.step(batch),
+        trainer.state_dict,
+        lambda: trainer.save("nowhere"),
+        trainer.grad_norm,
+        lambda: trainer.trace,
+    )
+    for use in uses:
+        with pytest.raises(SlidetuneError, match="this trainer is closed"):
+            use()
+    trainer.finish()
+    trainer.close()
 
 
 def test_a_plan_for_more_layers():

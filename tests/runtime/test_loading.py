@@ -107,6 +107,34 @@ def test_a_skeleton_has_buffers_and_no_weights(tmp_path):
         assert torch.equal(found, expected), name
 
 
+def test_the_loss_of_a_causal_model_is_not_warned_of(monkeypatch):
+    from transformers import modeling_utils
+
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", pytest.fail)
+    model = skeleton("gpt2")
+    assert model.loss_function.__name__ == "ForCausalLMLoss"
+    assert "loss_type" not in model.config.to_dict()
+
+
+@pytest.mark.parametrize("name", [".", "config.json"])
+def test_the_tokenizer_goes_with_the_weights(saved, tmp_path, name):
+    taken = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+    taken += ("added_tokens.json", "chat_template.jinja", "generation_config.json")
+    for file in (*taken, "README.md", "optimizer.pt"):
+        (saved / file).write_text(file)
+    out = tmp_path / "out"
+    with SlidingTrainer(saved / name, Plan(model="llama", **SIZES), device=DEVICE) as trainer:
+        trainer.save(out)
+        # Into the model's own folder there is nothing to copy.
+        trainer.save(saved)
+        (out / "merges.txt").unlink()
+        (out / "merges.txt").mkdir()
+        with pytest.raises(SlidetuneError, match="the tokenizer could not be copied"):
+            trainer.save(out)
+    assert {path.name for path in out.iterdir() if not path.name.startswith("model")} == {*taken, "config.json"}
+    assert (saved / "merges.txt").read_text() == "merges.txt"
+
+
 def test_a_catalog_model_by_name():
     model = skeleton("qwen2.5-0.5b")
     assert type(model).__name__ == "Qwen2ForCausalLM"
