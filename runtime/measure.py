@@ -57,7 +57,7 @@ class Effort:
     """How long and how much."""
 
     seconds: float = 1.0
-    """Of each measurement, at least; half as long for a copy of each size and each mix."""
+    """Of each measurement, at least; of copies of one size and of each mix less, since there are many."""
     copy_bytes: int = 256 * MIB
     params: int = 64 * MIB
     """Parameters that Adam updates: far more than caches hold."""
@@ -213,9 +213,10 @@ class _Bench:
         fit = fit_link(copies.sizes, *([time.value for time in times] for times in (copies.up, copies.down)))
         size = self.effort.copy_bytes
         duplex = repeated([sum(rates[UP, DOWN].values()) * size / GB for rates in passes])
+        kind = "page-locked copies" if self.cuda else "copies"
         how = (
-            f"{'page-locked ' if self.cuda else ''}copies of {format_bytes(copies.sizes[0])} to {format_bytes(size)} as "
-            f"latency + bytes/rate, off by {fit.worst:.0%} at worst ({format_bytes(fit.worst_bytes)})"
+            f"{kind} of {format_bytes(copies.sizes[0])} to {format_bytes(size)} as latency + bytes/rate, "
+            f"off by {fit.worst:.0%} at worst ({format_bytes(fit.worst_bytes)})"
         )
         return Link(
             name="measured",

@@ -19,8 +19,9 @@ PROFILE_VERSION = 1
 Kind = Literal["measured", "data sheet", "derived", "given", "guess"]
 
 # How far a figure of each kind is taken to be off, one way, as a fraction. Measured: the run-to-run spread of
-# a shared machine (the H200 probe states 5 %), for figures that don't state their own. Data sheet: what boards differ by in clocks and power limits.
-# Derived: carried over from a measurement on a neighbouring machine. Given: the user's word.
+# a shared machine (the H200 probe states 5 %), for figures that don't state their own. Data sheet: what boards
+# differ by in clocks and power limits. Derived: carried over from a measurement on a neighbouring machine. Given:
+# the user's word.
 RELATIVE_SPREAD: dict[Kind, float] = {
     "measured": 0.05,
     "data sheet": 0.05,

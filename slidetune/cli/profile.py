@@ -45,20 +45,24 @@ def profile(
     """Measure this machine: rates of GPU, link, CPU and drive, for `--profile`. Let it idle meanwhile."""
     check_writable(output)
     torch_is_there()
-    from slidetune.runtime.measure import Effort, measure_machine
-    from slidetune.runtime.measure_kernels import measure_kernels
-    from slidetune.runtime.trainer import chosen_device
-    from slidetune.units import MIB
+    with console.progress("measuring this machine") as advance:
+        advance(0, 1, "torch")
+        from slidetune.runtime.measure import Effort, measure_machine
+        from slidetune.runtime.measure_kernels import measure_kernels
+        from slidetune.runtime.trainer import chosen_device
+        from slidetune.units import MIB
 
     chosen = chosen_device(device)
     effort = Effort(seconds=0.1, copy_bytes=32 * MIB, params=8 * MIB, matrix=2048, nvme_bytes=128 * MIB)
     try:
         with console.progress("measuring this machine") as advance:
+            advance(0, 1, "memory")
             found = measure_machine(chosen, nvme_folder=nvme_dir, effort=effort if quick else None, progress=advance)
     except MemoryError as error:
         raise DoesNotFit(f"{error}.", "End what else uses the memory; --quick takes less of it.") from None
     for name, wanted in itertools.product(model or (), kernels or ("auto",)):
         with console.progress(f"measuring {name}") as advance:
+            advance(0, 1, "its layers")
             times = measure_kernels(
                 name,
                 found.gpu,
@@ -97,10 +101,7 @@ def page(found: HardwareProfile) -> Iterator[str]:
             f"{time.seconds / time.model_s:.2f} of the figures'"
         )
     if noisy:
-        yield (
-            f"Noisy, more than ±{NOISY_SPREAD:.0%}: {', '.join(noisy)}. Let the machine idle, then measure again; "
-            "predictions allow for it until then."
-        )
+        yield f"Noisy, more than ±{NOISY_SPREAD:.0%}: {', '.join(noisy)}. Let the machine idle, then measure again."
 
 
 def _catalog(found: HardwareProfile) -> dict[str, Any] | None:

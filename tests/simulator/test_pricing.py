@@ -92,6 +92,16 @@ def test_the_h200_probes_speeds_give_the_shipped_profiles_figures():
         assert found.priority_known
 
 
+def test_speeds_in_pairs_give_those_of_all_three():
+    """The H200 probe's pairs, fitted, give what it read with Adam, uploads and downloads all at once."""
+    profile = H200_SMALL_PAGES
+    for side, adam, gbs in (("upload", 3.94, 45.6), ("download", 3.16, 52.4)):
+        profile = with_contention(profile, side, fitted(profile, side, Beside(adam / 5.02, gbs / 55.2)))
+    assert rates(profile, ADAM, UP) == pytest.approx((3.94, 45.6), rel=2e-3)
+    assert rates(profile, ADAM, DOWN) == pytest.approx((3.16, 52.4), rel=2e-3)
+    assert rates(profile, ADAM, UP, DOWN) == pytest.approx((3.01, 35.1, 35.1), rel=0.05)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(("upload", "download")),
