@@ -21,8 +21,7 @@ def _bound(walk: Walk, index: int, task: Task) -> Operation:
     op, lane = task.work.op, task.work.lane
     bind = row_tasks.store_rows if op == "store" and task.unit == EMBEDDING else _BINDERS[op, lane]
     run = bind(walk, index, task)
-    # State on NVMe is that of layers, whose update is late only where all updates are.
-    updates = op.startswith("adam") or (op in ("read state", "write state") and walk.deferred)
+    updates = op.startswith("adam") or (op in ("read state", "write state") and task.unit in walk.late)
     return run if updates else _skipped_if_only_update(run)
 
 

@@ -58,7 +58,8 @@ def adam(walk: Walk, index: int, task: Task) -> Operation:
     start = chunk * buffers.chunk_params(walk.plan)
     master = walk.machine.masters[unit]
     stop = min(start + buffers.chunk_params(walk.plan), master.layout.trained)
-    if walk.deferred or (walk.tied and unit == walk.spec.head.index):
+    late = unit in walk.late
+    if late or (walk.tied and unit == walk.spec.head.index):
         if unit == walk.spec.head.index and walk.tied and not walk.deferred:
             start, stop = 0, master.layout.trained
         gradient = walk.waiting[unit][start:stop]
@@ -74,7 +75,7 @@ def adam(walk: Walk, index: int, task: Task) -> Operation:
     pieces = [(low - start, high - start, hyper) for low, high, hyper in master.layout.pieces(start, stop)]
 
     def run(step: Step) -> None:
-        source = step.source(late=walk.deferred)
+        source = step.source(late=late)
         if not applied(source, walk.plan.clip_norm):
             return
         update = updater(walk, source)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slidetune.model import ModelSpec
-from slidetune.plans import Placement, Plan
+from slidetune.plans import Placement, Plan, late_units
 from slidetune.runtime.binding import Parts
 from slidetune.runtime.embedding import HostEmbedding
 from slidetune.runtime.head_loss import head_loss
@@ -64,6 +64,7 @@ class Walk:
         self.spec, self.plan, self.pools, self.device = machine.spec, machine.plan, machine.pools, machine.device
         self.layers = len(self.spec.layers)
         self.deferred = self.plan.update == "forward"
+        self.late = late_units(self.plan, self.spec)
         # A tied matrix that is trained gets its gradient from the head and from the rows.
         self.tied = self.spec.tied and self.spec.embedding.params > 0
         # The embedding's update of a step is made in the next one, unless the head needs the matrix before.
@@ -135,9 +136,21 @@ class Walk:
                     self.waiting[unit.index] = self.pools.slot("resident gradients")[gpu_at : gpu_at + size]
                     gpu_at += size
                 else:
-                    self.waiting[unit.index] = self.pools.slot("all gradients")[ram_at : ram_at + size]
+                    self.waiting[unit.index] = self.pools.slot("waiting gradients")[ram_at : ram_at + size]
                     ram_at += size
-        elif self.tied:
+            self.dense = self.waiting[EMBEDDING] if self.tied else None
+            return
+        at = 0
+        for unit in self.spec.units:
+            if unit.index in self.late:
+                size = masters[unit.index].layout.trained
+                self.waiting[unit.index] = (
+                    self.pools.slot("waiting gradients")[at : at + size]
+                    if size
+                    else torch.empty(0, dtype=torch.bfloat16)
+                )
+                at += size
+        if self.tied:
             self.waiting[EMBEDDING] = self.pools.slot("tied gradient")
             own = torch.zeros(self.spec.head.params, dtype=torch.bfloat16)
             self.waiting[self.spec.head.index] = own.pin_memory() if self.device.type == "cuda" else own

@@ -15,7 +15,7 @@ from slidetune.model import (
     ModelSpec,
     Unit,
 )
-from slidetune.plans import Plan, place_layers
+from slidetune.plans import Plan, late_units, place_layers
 from slidetune.schedule import Pool
 
 # Saved inputs on their way up: one in use, one arriving.
@@ -53,6 +53,9 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
     frozen = model.embedding.frozen + model.head.frozen
     saved_in_ram = len(model.layers) - plan.activations.gpu - plan.activations.nvme
     deferred = plan.update == "forward"
+    late = late_units(plan, model)
+    waiting = held.by_cpu + vocab if deferred else sum(unit.params for unit in model.units if unit.index in late)
+    at_once = [unit for unit in model.units[plan.resident_layers + 1 :] if unit.params and unit.index not in late]
     state_bytes = STATE_BYTES_PER_PARAM if held.whole_on_nvme else OPTIMIZER_BYTES_PER_PARAM
 
     gpu = [
@@ -76,8 +79,8 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
             1,
             BF16_BYTES * (held.in_ram + vocab + frozen),
         ),
-        ("all gradients", 1 if deferred else 0, BF16_BYTES * (held.by_cpu + vocab)),
-        ("gradient ring", 0 if deferred else -(-largest // chunk) + 2, BF16_BYTES * chunk),
+        ("waiting gradients", 1, BF16_BYTES * waiting),
+        ("gradient ring", -(-largest // chunk) + 2 if at_once else 0, BF16_BYTES * chunk),
         # A tied matrix gets its gradient twice, from the head and from the rows: it waits here in between.
         ("tied gradient", 0 if deferred or not model.tied else 1, BF16_BYTES * model.embedding.params),
         ("embedding rows", 2, micro_batches * hidden),

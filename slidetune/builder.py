@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from slidetune import buffers
 from slidetune.model import BF16_BYTES, OPTIMIZER_BYTES_PER_PARAM, STATE_BYTES_PER_PARAM, ModelSpec, Unit
-from slidetune.plans import Placement, Plan, check, place_layers
+from slidetune.plans import Placement, Plan, check, late_units, place_layers
 from slidetune.schedule import (
     CPU_ADAM,
     D2H,
@@ -86,6 +86,7 @@ class _Step:
         sliding = [i for i, p in enumerate(self.placements) if p.weights != "gpu"]
         self.turnaround = set(sliding[-plan.window :])
         self.deferred = plan.update == "forward"
+        self.late = late_units(plan, model)
         self.accumulating_bytes = ACCUMULATE_BYTES_PER_PARAM + ROUND_BYTES_PER_PARAM / plan.accumulation
         # Rows of the embedding a step reads. The others have no gradient from their use as input, so their
         # update need not wait for the end of the backward pass.
@@ -313,9 +314,10 @@ class _Step:
         unit, place = self.layers[i], self.placements[i]
         if place.resident:
             return
-        if self.deferred:
+        late = unit.index in self.late
+        if late:
             self._update_deferred(unit, place)
-        self._fetch(i, from_previous=not self.deferred)
+        self._fetch(i, from_previous=not late)
 
     def _bring_back(self, i: int) -> None:
         """Issue the upload of layer i for the backward pass, unless its weights are still on the GPU."""
@@ -324,26 +326,28 @@ class _Step:
 
     def _bring_head(self) -> None:
         head = self.model.head
-        if self.deferred:
-            if self.tied:
-                self._update_embedding(1.0 - self.touched, "rest", after=self.marks["gathered",])
+        late = head.index in self.late
+        if self.deferred and self.tied:
+            self._update_embedding(1.0 - self.touched, "rest", after=self.marks["gathered",])
+        if late:
             self._update_deferred(head, None)
         slot = self._take("head weights")
         work = self._work("fetch", H2D, bytes=BF16_BYTES * head.weight_elements)
-        after = self.marks.get(("updated", head.index), ()) if self.deferred else ()
+        after = self.marks.get(("updated", head.index), ()) if late else ()
         if self.deferred and self.tied:
             after += self.marks["rest updated",] + self.marks["rows updated",]
         task = self._emit(work, head.index, after + slot[2])
-        if not self.deferred:
+        if not late:
             self._await_previous(task, "updated", head.index)
-            if self.tied:
-                self._await_previous(task, "rows updated")
+        if self.tied and not self.deferred:
+            self._await_previous(task, "rows updated")
         self.weights[len(self.layers)] = ((task,), self._own(slot, task))
 
     def _fetch(self, i: int, *, from_previous: bool) -> None:
         unit, place = self.layers[i], self.placements[i]
         # After a deferred update the weights are those of this step, else those the last step left.
-        after = self.marks.get(("updated", unit.index), ()) if self.deferred else ()
+        late = unit.index in self.late
+        after = self.marks.get(("updated", unit.index), ()) if late else ()
         slot = None if place.weights == "gpu" else self._take("weights")
         staging = None
         if place.weights == "nvme":
@@ -351,7 +355,7 @@ class _Step:
             read = self._emit(
                 self._work("read weights", NVME_READ, bytes=BF16_BYTES * unit.owned),
                 unit.index,
-                (*(self.marks.get(("written", unit.index), ()) if self.deferred else ()), *staging[2]),
+                (*(self.marks.get(("written", unit.index), ()) if late else ()), *staging[2]),
             )
             if from_previous:
                 self._await_previous(read, "written", unit.index)
@@ -456,16 +460,17 @@ class _Step:
         self.marks["computed", unit.index] = (computed,)
         store = computed
         # Deferred, gradients have a place each: free once this step's update has read the last one.
-        free = self.marks.get(("updated", unit.index), ()) if self.deferred else ()
+        late = unit.index in self.late
+        free = self.marks.get(("updated", unit.index), ()) if late else ()
         for chunk, params in enumerate(self._chunks(unit.params)):
-            ring = None if self.deferred else self._take("gradient ring")
+            ring = None if late else self._take("gradient ring")
             work = self._work("store", D2H, bytes=BF16_BYTES * params)
             store = self._emit(work, unit.index, (computed, *free, *(ring[2] if ring else ())), chunk=chunk)
             if ring:
                 arrived = self._own(ring, store)
                 self._release(arrived, self._adam(unit, place, chunk, params, (store,)))
         if held:
-            self.marks["last down",] = (store,)
+            self.marks["gradient down", unit.index] = self.marks["last down",] = (store,)
             self._release(held, store)
 
     def _send_tied_gradient(self, computed: int, held: _Held) -> None:
@@ -488,7 +493,8 @@ class _Step:
         for chunk, params in enumerate(self._chunks(unit.params)):
             task = self._adam(unit, place, chunk, params, ())
             if chunk == 0:
-                self._await_previous(task, "norm")
+                # Where gradients are clipped, all of them must be down.
+                self._await_previous(task, *(("norm",) if self.deferred else ("gradient down", unit.index)))
 
     def _adam(self, unit: Unit, place: Placement | None, chunk: int, params: int, after: tuple[int, ...]) -> int:
         """Update one chunk on the CPU; state on NVMe is read before and written back after."""

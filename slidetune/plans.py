@@ -75,6 +75,9 @@ class Plan:
     update: Literal["backward", "forward"] = "backward"
     """When Adam runs. backward: as each gradient arrives (fastest). forward: just before the layer's next
     forward pass, when the global gradient norm is known, so clipping is exact."""
+    late_updates: int = 0
+    """Layers, spread evenly over those the CPU updates, whose update waits for the next forward pass: Adam then
+    works all through the step. For update: backward; costs their gradients in RAM."""
     clip_norm: float | None = None
     """Largest global gradient norm; needs update: forward. None leaves gradients as they are."""
     gpu_memory_gib: float | None = None
@@ -112,6 +115,7 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
             ("prefetch", plan.prefetch, 0),
             ("resident_layers", plan.resident_layers, 0),
             ("resident_weights", plan.resident_weights, 0),
+            ("late_updates", plan.late_updates, 0),
             ("optimizer_nvme", plan.optimizer_nvme, 0),
             ("weights_nvme", plan.weights_nvme, 0),
             ("activations.gpu", plan.activations.gpu, 0),
@@ -145,6 +149,14 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
             plan.resident_weights > sliding - plan.weights_nvme,
             f"resident_weights ({plan.resident_weights}) exceeds the {sliding - plan.weights_nvme} layers "
             "that are neither resident nor on NVMe whole.",
+        ),
+        (
+            plan.late_updates > sliding,
+            f"late_updates ({plan.late_updates}) exceeds the {sliding} layers that are not resident.",
+        ),
+        (
+            plan.late_updates > 0 and plan.update != "backward",
+            "late_updates needs update: backward; with update: forward every update waits.",
         ),
         (
             plan.activations.gpu + plan.activations.nvme > layers,
@@ -225,6 +237,15 @@ def place_layers(plan: Plan, layers: int) -> list[Placement]:
         )
         for i in range(layers)
     ]
+
+
+def late_units(plan: Plan, model: ModelSpec) -> frozenset[int]:
+    """Units whose update on the CPU waits for the next step's forward pass."""
+    if plan.update == "forward":
+        return frozenset(unit.index for unit in model.units)
+    sliding = model.layers[plan.resident_layers :]
+    chosen = spread(plan.late_updates, len(sliding)) if sliding else []
+    return frozenset(unit.index for unit, late in zip(sliding, chosen, strict=True) if late)
 
 
 def _spread_within(eligible: list[bool], chosen: int) -> list[bool]:

@@ -90,6 +90,7 @@ def plans(draw: st.DrawFn, model: ModelSpec, *, nvme: bool = True, max_accumulat
         chunk_bytes=chunk_bytes,
         adam_threads=draw(st.sampled_from((1, 4, 8, 64))),
         update=update,
+        late_updates=up_to(sliding) if update == "backward" else 0,
         clip_norm=draw(st.sampled_from((None, 1.0))) if update == "forward" else None,
     )
 

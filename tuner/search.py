@@ -386,7 +386,9 @@ class _Search:
         for (point, whose, asked), plan in zip(proposals, plans, strict=True):
             worth = self.evaluator.worth(plan) if self.evaluator.fits(plan) else None
             self._tell(point, whose, asked, plan, worth)
-            self.tried.setdefault(plan, Trial(next(self.numbers), whose, point, plan, worth))
+            # Points may differ in what makes no difference: a knob that another one switches off.
+            if plan not in self.tried:
+                self.tried[plan] = Trial(next(self.numbers), whose, point, plan, worth)
         if self.progress:
             best = max((t.worth.tokens_per_s for t in self.tried.values() if t.worth), default=0.0)
             self.progress(min(self.evaluator.simulated, self.wanted), self.wanted, best)

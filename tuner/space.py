@@ -74,6 +74,7 @@ class Space:
             chunk_bytes=v["chunk_bytes"],
             adam_threads=v["adam_threads"],
             update=v["update"],
+            late_updates=round(v["late_updates"] * sliding) if v["update"] == "backward" else 0,
         )
 
     def points(self) -> Iterator[Point]:
@@ -152,6 +153,7 @@ def full_space(model: ModelSpec, profile: HardwareProfile, base: Plan, batch: in
             Axis("chunk_bytes", chunk_sizes(model)),
             Axis("adam_threads", tuple(reversed(threads))),
             Axis("update", updates),
+            Axis("late_updates", (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0) if "backward" in updates else (0.0,)),
         ),
     )
 
@@ -174,6 +176,7 @@ def coarse_space(model: ModelSpec, profile: HardwareProfile, base: Plan, batch: 
         "recompute__offload": (0.0,),
         "chunk_bytes": axes["chunk_bytes"][1:2],
         "adam_threads": axes["adam_threads"][:1],
+        "late_updates": (0.0,),
     }
     if not batch:
         narrowed["accumulation"] = tuple(n for n in axes["accumulation"] if n in (1, 2, 4, 8, 16, 32))

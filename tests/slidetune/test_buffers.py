@@ -95,7 +95,7 @@ def test_a_deferred_update_keeps_every_gradient_in_place_of_a_ring():
     plan = Plan(model=LLAMA.name, resident_layers=2, update="forward", clip_norm=1.0)
     names = by_name(LLAMA, plan)
     assert "gradient ring" not in names
-    assert names["all gradients"].bytes == 2 * (LLAMA.params - 2 * LAYER)
+    assert names["waiting gradients"].bytes == 2 * (LLAMA.params - 2 * LAYER)
     assert names["resident gradients"].bytes == 2 * 2 * LAYER
 
 

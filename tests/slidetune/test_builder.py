@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from slidetune.builder import build, distinct_rows
 from slidetune.errors import SlidetuneError
 from slidetune.models import load_model
-from slidetune.plans import Activations, Plan, Recompute, place_layers
+from slidetune.plans import Activations, Plan, Recompute, late_units, place_layers
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, LANES, NVME_READ, NVME_WRITE
 
 from ..strategies import models_and_plans, small_model
@@ -308,10 +308,12 @@ def test_adam_follows_the_gradient_or_waits_for_the_norm(drawn):
             if task.work.op.startswith("adam"):
                 assert all(orders.before(done, index, across=True) for done in stores + backward)
         return
+    late = late_units(plan, model)
+    assert len(late) == plan.late_updates
     for unit in model.layers:
         for store, adam in zip(ops["store", unit.index], ops["adam", unit.index], strict=False):
             assert schedule.tasks[store].chunk == schedule.tasks[adam].chunk
-            assert orders.before(store, adam)
+            assert orders.before(store, adam, across=unit.index in late)
     last_of_head = ops["store", model.head.index][-1]
     for task in ops["adam", model.head.index]:
         assert orders.before(ops["store", model.head.index][schedule.tasks[task].chunk], task) or model.tied
@@ -329,9 +331,9 @@ def test_weights_are_read_after_their_update_and_not_overwritten_while_read(draw
     model, plan = drawn
     schedule = build(model, plan)
     orders, ops = Orders(schedule), tasks_by_op(schedule)
-    deferred = plan.update == "forward"
     places = place_layers(plan, len(model.layers))
     for unit in model.units[1:]:
+        deferred = unit.index in late_units(plan, model)
         if unit.kind == "layer" and places[unit.index - 1].resident:
             updates, reads = ops["adam", unit.index], ops["forward", unit.index] + ops["backward", unit.index]
         else:
@@ -380,7 +382,7 @@ def test_state_on_nvme_is_read_updated_written_and_only_then_read_again(drawn):
         if place.weights == "nvme":
             for read, fetch in zip(ops["read weights", unit.index], ops["fetch", unit.index], strict=True):
                 assert orders.before(read, fetch)
-                across = plan.update == "backward"
+                across = unit.index not in late_units(plan, model)
                 assert all(orders.before(write, read, across=across) for write in writes)
                 assert all(orders.before(read, write, across=not across) for write in writes)
 
@@ -391,8 +393,8 @@ def test_a_gradient_that_waits_for_its_update_is_not_overwritten(drawn):
     model, plan = drawn
     schedule = build(model, plan)
     orders, ops = Orders(schedule), tasks_by_op(schedule)
-    if plan.update == "forward":
-        for unit in model.units[1:]:
+    for unit in model.units[1:]:
+        if unit.index in late_units(plan, model):
             for store in ops["store", unit.index]:
                 assert all(orders.before(update, store) for update in ops["adam", unit.index])
     within = model.tied and plan.update == "backward"

@@ -59,6 +59,14 @@ FAULTS = {
     "clipping before the norm is known": ({"clip_norm": 1.0}, "clip_norm needs update: forward"),
     "clipping to nothing": ({"clip_norm": 0.0, "update": "forward"}, "clip_norm must be above 0"),
     "clipping to no number": ({"clip_norm": math.nan, "update": "forward"}, "clip_norm must be above 0"),
+    "late updates of more layers than the CPU updates": (
+        {"late_updates": 7},
+        "late_updates (7) exceeds the 6 layers that are not resident",
+    ),
+    "late updates where all are": (
+        {"late_updates": 1, "update": "forward"},
+        "late_updates needs update: backward",
+    ),
     "no GPU memory": ({"gpu_memory_gib": 0.0}, "gpu_memory_gib must be above 0"),
     "endless GPU memory": ({"gpu_memory_gib": math.inf}, "gpu_memory_gib must be above 0"),
 }

@@ -52,6 +52,7 @@ def small_space(evaluator: Evaluator) -> Space:
         chunk_bytes=axes["chunk_bytes"][1:2],
         adam_threads=axes["adam_threads"][:1],
         update=("backward",),
+        late_updates=(0.0,),
     )
 
 

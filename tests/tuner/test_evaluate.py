@@ -36,7 +36,10 @@ def test_what_arithmetic_says_is_what_the_schedule_holds(case):
     evaluator = an_evaluator()
     evaluator = Evaluator(model, evaluator.profile)
     schedule = evaluator.schedule(plan)
-    assert evaluator.needs(plan) == {tier: schedule.peak_bytes(tier) for tier in TIERS}
+    exact = {tier: schedule.peak_bytes(tier) for tier in TIERS}
+    # Kept activations are bounded as if all of them were there together.
+    assert all(evaluator.needs(plan)[tier] >= exact[tier] for tier in TIERS)
+    assert plan.recompute.keep or evaluator.needs(plan) == exact
 
 
 def test_a_tier_that_is_full_to_the_byte_is_enough():
