@@ -126,6 +126,8 @@ def test_the_typical_step_is_the_nearest_to_the_median(plain):
         (gzip.compress(json.dumps({"version": 2}).encode()), "version 1"),
         (gzip.compress(json.dumps({"version": 1, "name": 3}).encode()), "name"),
     ],
+    # An archive holds the time it was made: no two test processes would give it one name.
+    ids=["no archive", "no mapping", "another version", "a field of another type"],
 )
 def test_what_is_no_recorded_run_says_so(tmp_path, content, says):
     path = tmp_path / "bad.json.gz"
