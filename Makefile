@@ -11,8 +11,9 @@ plan: $(VENV)/planner.stamp
 
 # A small model, random weights, on the CPU: nothing is downloaded.
 run: $(VENV)/everything.stamp
-	$(BIN)/slidetune plan --model gpt2 --seq-len 128 --batch 2 --trials 40 --output run-plan.yaml
-	$(BIN)/slidetune run run-plan.yaml --random-weights --device cpu --steps 5
+	$(BIN)/slidetune profile --quick --device cpu --model gpt2 --output run-profile.yaml
+	$(BIN)/slidetune plan --profile run-profile.yaml --model gpt2 --seq-len 128 --batch 2 --trials 40 --output run-plan.yaml
+	$(BIN)/slidetune run run-plan.yaml --random-weights --device cpu --steps 5 --profile run-profile.yaml --trace run-trace.json
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --durations 10
