@@ -159,7 +159,9 @@ class Lanes:
         """End all workers between two tasks and join them; may be called again."""
         self._halt()
         for thread in self._threads:
-            thread.join()
+            # The garbage collector may drop a trainer in any thread, one of these included.
+            if thread is not threading.current_thread():
+                thread.join()
 
     def _seconds(self, moment: Any) -> float:
         if isinstance(moment, float):

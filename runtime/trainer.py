@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import math
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,6 +128,7 @@ class SlidingTrainer:
         self._pools: Pools | None = None
         self._nvme: NvmeFile | None = None
         self._lanes: Lanes | None = None
+        self._dropped: weakref.finalize | None = None
         self._closed = False
         self._directory = None if isinstance(model, nn.Module) else _directory(model)
         ref, model = model, _causal_model(model) if isinstance(model, nn.Module) else skeleton(model)
@@ -152,6 +154,8 @@ class SlidingTrainer:
         except BaseException:
             self.close()
             raise
+        # Its threads would keep a trainer that was dropped without `close` alive for good.
+        self._dropped = weakref.finalize(self, _let_go, self._lanes, self._pools, self._nvme)
         self.steps = 0
         """Steps so far, refused ones included."""
         self.updates = 0
@@ -272,6 +276,8 @@ class SlidingTrainer:
         """End all threads and give all memory and files back; may be called again. What the last step still owes
         is dropped: call `finish` first, or leave a `with` block, to have it."""
         self._closed = True
+        if self._dropped is not None:
+            self._dropped.detach()
         if self._lanes is not None:
             self._lanes.stop()
             self._lanes.operations = ()
@@ -501,6 +507,15 @@ def _check_rates(units: list[UnitLayout]) -> None:
                 raise SlidetuneError(
                     f"the learning rate of {entry.name} must be a finite number of at least 0, not {entry.hyper.lr!r}."
                 )
+
+
+def _let_go(lanes: Lanes, pools: Pools, nvme: NvmeFile | None) -> None:
+    """End the threads and give memory and files back."""
+    lanes.stop()
+    lanes.operations = ()
+    pools.close()
+    if nvme is not None:
+        nvme.close()
 
 
 def _check_same_model(plan: Plan, model: ModelSpec) -> None:
