@@ -17,6 +17,8 @@ import numpy as np
 
 # From here on a task runs at its own speed: what is missing is noise.
 FULL_SPEED = 0.98
+# A busy system may keep one side from running at all: no figure follows from that.
+_LEAST_SPEED = 1e-3
 # Least share of DRAM that a copy takes at full speed: every byte comes from there or goes there.
 _LEAST_SHARE = 0.02
 
@@ -80,7 +82,7 @@ def fit_contention(
     `adam_share` is the share of DRAM that Adam takes alone, `copy_share` that of copies alone if a copied byte took as
     much as a byte of Adam's; `weight` and `priority` are what is assumed of them where the measurement can't say.
     """
-    adam, copy = min(1.0, beside.adam), min(1.0, beside.copy)
+    adam, copy = (min(1.0, max(_LEAST_SPEED, speed)) for speed in (beside.adam, beside.copy))
     # DRAM is full, unless both are at full speed: then this is the most it can be. No more than all of it: alone the
     # copy has its full speed.
     share = min(1.0, max(_LEAST_SHARE, (1.0 - adam_share * adam) / copy))

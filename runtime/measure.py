@@ -409,22 +409,27 @@ class _Bench:
         each call ended; for `seconds` of the effort's."""
         start = threading.Barrier(len(actions) + 1)
         stop = threading.Event()
+        # Each goes on until all have ended a call: on a busy machine one may begin when others would have stopped.
+        once = [threading.Event() for _ in actions]
 
-        def loop(action: Callable[[], object]) -> list[float]:
+        def loop(action: Callable[[], object], ended: threading.Event) -> list[float]:
             try:
                 action()
                 start.wait()
+                ends = [time.perf_counter()]
+                while not stop.is_set() or not all(event.is_set() for event in once):
+                    action()
+                    ends.append(time.perf_counter())
+                    ended.set()
+                return ends
             except BaseException:
                 start.abort()
                 raise
-            ends = [time.perf_counter()]
-            while not stop.is_set() or len(ends) == 1:
-                action()
-                ends.append(time.perf_counter())
-            return ends
+            finally:
+                ended.set()
 
         with ThreadPoolExecutor(len(actions), thread_name_prefix="measure") as pool:
-            running = [pool.submit(loop, action) for action in actions]
+            running = [pool.submit(loop, *pair) for pair in zip(actions, once, strict=True)]
             try:
                 start.wait()
                 time.sleep(seconds * self.effort.seconds)
