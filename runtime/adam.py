@@ -123,14 +123,7 @@ def adam_step(
         TypeError, ValueError: naming the tensor that has another dtype, device, layout or length.
     """
     _check(high=high, low=low, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, grad=grad)
-    if step < 1:
-        raise ValueError(f"step counts from 1, not {step}")
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
-    available = adam_implementations()
-    chosen = available[0] if implementation is None else implementation
-    if chosen not in available:
-        raise ValueError(f"Adam implementation {chosen!r} is not available here; there are {', '.join(available)}")
+    chosen = _chosen(implementation, step, threads)
     coefficients = Coefficients.of(hyper, step, grad_scale)
     if chosen == "torch":
         adam_torch.step(high, low, exp_avg, exp_avg_sq, grad, coefficients)
@@ -177,13 +170,13 @@ def adam_rows(
             raise ValueError(f"{name} must be contiguous int64 of one length, not {tensor.dtype} {tuple(tensor.shape)}")
     if values.dtype != torch.bfloat16 or not values.is_contiguous() or values.dim() != 2 or values.shape[1] != width:
         raise ValueError(f"values must be contiguous bf16 [any, {width}], not {values.dtype} {tuple(values.shape)}")
+    chosen = _chosen(implementation, step, threads)
     if not rows.numel():
         return
     # numpy's minimum and maximum start no threads.
     if rows.numpy().min() < 0 or (rows.numpy().max() + 1) * width > high.numel() or places.numpy().max() >= len(values):
         raise IndexError("a row or place lies outside its matrix")
     state = (high, low, exp_avg, exp_avg_sq)
-    chosen = adam_implementation() if implementation is None else implementation
     coefficients = Coefficients.of(hyper, step, grad_scale)
     if chosen == "torch":
         adam_torch.rows_step(state, width, rows, places, values, dense, coefficients)
@@ -198,6 +191,19 @@ _DTYPES = {
     "exp_avg_sq": (torch.float32,),
     "grad": (torch.bfloat16, torch.float32),
 }
+
+
+def _chosen(implementation: str | None, step: int, threads: int) -> str:
+    """The implementation to run, after a look at the numbers that all of them take."""
+    if step < 1:
+        raise ValueError(f"step counts from 1, not {step}")
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    available = adam_implementations()
+    chosen = available[0] if implementation is None else implementation
+    if chosen not in available:
+        raise ValueError(f"Adam implementation {chosen!r} is not available here; there are {', '.join(available)}")
+    return chosen
 
 
 def _check(**tensors: Tensor) -> None:

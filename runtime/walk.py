@@ -123,34 +123,19 @@ class Walk:
     def _place_gradients(self) -> None:
         """Where gradients wait for a deferred update, by unit, and a tied matrix's in any case."""
         self.waiting: dict[int, Tensor] = {}
-        masters = self.machine.masters
-        if self.deferred:
-            gpu_at = ram_at = 0
-            for unit in self.spec.units:
-                size = masters[unit.index].layout.trained
-                if not size:
-                    self.waiting[unit.index] = torch.empty(0, dtype=torch.bfloat16)
-                    continue
-                place = self.placement(unit.index)
-                if place is not None and place.resident:
-                    self.waiting[unit.index] = self.pools.slot("resident gradients")[gpu_at : gpu_at + size]
-                    gpu_at += size
-                else:
-                    self.waiting[unit.index] = self.pools.slot("waiting gradients")[ram_at : ram_at + size]
-                    ram_at += size
-            self.dense = self.waiting[EMBEDDING] if self.tied else None
-            return
-        at = 0
+        taken = {"resident gradients": 0, "waiting gradients": 0}
         for unit in self.spec.units:
-            if unit.index in self.late:
-                size = masters[unit.index].layout.trained
-                self.waiting[unit.index] = (
-                    self.pools.slot("waiting gradients")[at : at + size]
-                    if size
-                    else torch.empty(0, dtype=torch.bfloat16)
-                )
-                at += size
-        if self.tied:
+            if unit.index not in self.late:
+                continue
+            size = self.machine.masters[unit.index].layout.trained
+            if not size:
+                self.waiting[unit.index] = torch.empty(0, dtype=torch.bfloat16)
+                continue
+            place = self.placement(unit.index)
+            pool = "resident gradients" if place is not None and place.resident else "waiting gradients"
+            self.waiting[unit.index] = self.pools.slot(pool)[taken[pool] : taken[pool] + size]
+            taken[pool] += size
+        if self.tied and not self.deferred:
             self.waiting[EMBEDDING] = self.pools.slot("tied gradient")
             own = torch.zeros(self.spec.head.params, dtype=torch.bfloat16)
             self.waiting[self.spec.head.index] = own.pin_memory() if self.device.type == "cuda" else own

@@ -214,8 +214,7 @@ def simulate(plan: Plan | str | Path, profile: HardwareProfile | None = None, *,
     try:
         model = load_model(plan.model)
         check(plan, model)
-        if plan.gpu_memory_gib is not None and plan.gpu_memory_gib < profile.gpu.memory_gib.value:
-            profile = dataclasses.replace(profile, gpu=capped(profile.gpu, plan.gpu_memory_gib))
+        profile = within_cap(profile, plan)
     except SlidetuneError as error:
         if path is None:
             raise
@@ -235,6 +234,13 @@ def simulate(plan: Plan | str | Path, profile: HardwareProfile | None = None, *,
             interval=interval(plan, profile, prediction.step_s, workers),
             whatif=whatif(profile, plan, workers),
         )
+
+
+def within_cap(profile: HardwareProfile, plan: Plan) -> HardwareProfile:
+    """The machine with no more GPU memory than the plan allows itself."""
+    if plan.gpu_memory_gib is None or plan.gpu_memory_gib >= profile.gpu.memory_gib.value:
+        return profile
+    return dataclasses.replace(profile, gpu=capped(profile.gpu, plan.gpu_memory_gib))
 
 
 def simulate_policy(

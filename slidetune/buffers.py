@@ -54,8 +54,9 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
     saved_in_ram = len(model.layers) - plan.activations.gpu - plan.activations.nvme
     deferred = plan.update == "forward"
     late = late_units(plan, model)
-    waiting = held.by_cpu + vocab if deferred else sum(unit.params for unit in model.units if unit.index in late)
-    at_once = [unit for unit in model.units[plan.resident_layers + 1 :] if unit.params and unit.index not in late]
+    in_chunks = model.units[plan.resident_layers + 1 :]
+    waiting = sum(unit.params for unit in (model.embedding, *in_chunks) if unit.index in late)
+    at_once = [unit for unit in in_chunks if unit.params and unit.index not in late]
     state_bytes = STATE_BYTES_PER_PARAM if held.whole_on_nvme else OPTIMIZER_BYTES_PER_PARAM
 
     gpu = [

@@ -10,7 +10,6 @@ The prediction is always made before the run, from the profile and the plan alon
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from slidetune import api, provenance
 from slidetune.hardware import HardwareProfile
-from slidetune.machines import adapted, capped, load_profile
+from slidetune.machines import adapted, load_profile
 from slidetune.models import load_model
 from slidetune.plan_file import read_plan
 from slidetune.plans import Plan
@@ -100,9 +99,7 @@ def validate_run_file(path: str | Path) -> Validation:
 def predict_again(run: RecordedRun, profile: HardwareProfile) -> Prediction:
     """What the simulator says today about a run."""
     plan = run.plan
-    here = adapted(profile, kernels=run.kernels)
-    if plan.gpu_memory_gib is not None and plan.gpu_memory_gib < here.gpu.memory_gib.value:
-        here = dataclasses.replace(here, gpu=capped(here.gpu, plan.gpu_memory_gib))
+    here = api.within_cap(adapted(profile, kernels=run.kernels), plan)
     evaluator = Evaluator(load_model(plan.model), here)
     return predict(evaluator.schedule(plan), here, evaluator.prices)
 

@@ -16,7 +16,7 @@ from slidetune.cli.options import Json, Machine, SeqLen, with_machine
 from slidetune.cli.plan import plan as plan_command
 from slidetune.cli.results import check_writable
 from slidetune.cli.run import torch_is_there
-from slidetune.cli.validate import _profile as profile_here
+from slidetune.cli.validate import profile_here
 from slidetune.cli.validation_pages import signed
 from slidetune.hardware import HardwareProfile
 from slidetune.machines import load_profile

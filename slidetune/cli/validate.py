@@ -93,9 +93,9 @@ def validate(
     if recorded is not None:
         _recorded(recorded, max_median, max_p95, json)
     elif grid is not None:
-        _grid(grid, _profile(profile), record, budget_s, how, json)
+        _grid(grid, profile_here(profile), record, budget_s, how, json)
     else:
-        _one(plan, _profile(profile), kernels, model, data, record, output, how, json)
+        _one(plan, profile_here(profile), kernels, model, data, record, output, how, json)
 
 
 def _one(
@@ -204,7 +204,8 @@ def _write_report(directory: Path, found: Validation) -> Path:
         raise BadFile(f"{error.filename or directory}: {error.strerror}.") from None
 
 
-def _profile(given: str | None) -> str:
+def profile_here(given: str | None) -> str:
+    """The profile named, or else the one in this folder. Raises SlidetuneError if there is none."""
     if given is not None:
         return given
     if not PROFILE_HERE.is_file():
