@@ -11,7 +11,7 @@ setup(
         Extension(
             "slidetune.runtime._adam",
             sources=["runtime/native/adam.cpp", "runtime/native/rows.cpp"],
-            depends=["runtime/native/pool.hpp"],
+            depends=["runtime/native/halves.hpp", "runtime/native/pool.hpp"],
             language="c++",
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],

@@ -154,10 +154,9 @@ def adam_rows(
         high, low, exp_avg, exp_avg_sq: the whole matrix, flat, as for `adam_step`.
         width: elements of a row.
         rows: int64 [n], each row once.
-        places: int64 [n]: which row of `values` is this one's gradient; where negative, its own row of `dense`, or
-            zeros without such a matrix.
+        places: int64 [n]: which row of `values` is this one's gradient; none where negative.
         values: bf16 [any number, width].
-        dense: bf16, flat, as long as the matrix.
+        dense: bf16, flat, as long as the matrix: another part of the gradient of every row. The sum is rounded to bf16.
         hyper, step, grad_scale, threads, implementation: as for `adam_step`.
 
     Raises:

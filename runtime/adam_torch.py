@@ -52,7 +52,7 @@ def rows_step(
         else:
             gradient = dense.view(-1, width).index_select(0, ids)
         own = at >= 0
-        gradient[own] = values[at[own]]
+        gradient[own] += values[at[own]]
         step(*(copy.view(-1) for copy in copies), gradient.view(-1), c)
         for table, copy in zip(tables, copies, strict=True):
             table.index_copy_(0, ids, copy)

@@ -81,21 +81,12 @@ class RowTables:
             if first == last:
                 continue
             mine = ids[first:last]
-            places, values = self._gradients(mine, dense, gradients)
+            places, values = self._gradients(mine, gradients)
             whole = None if dense is None else dense[: self.rows * self.width]
             update(self.state, torch.from_numpy(mine), torch.from_numpy(places), values, whole, hyper)
 
-    def _gradients(
-        self, ids: np.ndarray, dense: Tensor | None, gradients: RowGradients | None
-    ) -> tuple[np.ndarray, Tensor]:
+    def _gradients(self, ids: np.ndarray, gradients: RowGradients | None) -> tuple[np.ndarray, Tensor]:
         """(place of each row's gradient or -1, gradients)."""
         if gradients is None:
             return np.full(ids.size, -1, dtype=np.int64), torch.zeros(0, self.width, dtype=torch.bfloat16)
-        places = gradients.places(ids)
-        if dense is None:
-            return places, gradients.values
-        own = np.flatnonzero(places >= 0)
-        matrix = dense[: self.rows * self.width].view(self.rows, self.width)
-        sums = matrix[torch.from_numpy(ids[own])] + gradients.values[torch.from_numpy(places[own])]
-        places[own] = np.arange(own.size)
-        return places, sums
+        return gradients.places(ids), gradients.values

@@ -37,17 +37,6 @@ class Pool {
     done_.wait(lock, [&] { return inside_ == 0; });
   }
 
-  // The process's pool. Never destroyed: its threads sleep when the process ends.
-  static Pool& shared() {
-    static std::once_flag once;
-    std::call_once(once, [] {
-      pool_ = new Pool;
-      // A forked child has none of the threads, and locks in any state: it gets a pool of its own.
-      pthread_atfork(nullptr, nullptr, [] { pool_ = new Pool; });
-    });
-    return *pool_;
-  }
-
  private:
   struct Job {
     const std::function<void(int64_t)>& body;
@@ -83,8 +72,6 @@ class Pool {
     }
   }
 
-  static inline Pool* pool_ = nullptr;
-
   std::mutex jobs_;
   std::mutex mutex_;
   std::condition_variable wake_;
@@ -94,6 +81,26 @@ class Pool {
   int started_ = 0;
   int wanted_ = 0;
   int inside_ = 0;
+};
+
+// The process's pools. Never destroyed: their threads sleep when the process ends.
+struct Pools {
+  Pool* adam = new Pool;
+  // Embedding rows: they move little, and would wait behind a whole chunk of Adam.
+  Pool* rows = new Pool;
+
+  static Pools& shared() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+      shared_ = new Pools;
+      // A forked child has none of the threads, and locks in any state: it gets pools of its own.
+      pthread_atfork(nullptr, nullptr, [] { shared_ = new Pools; });
+    });
+    return *shared_;
+  }
+
+ private:
+  static inline Pools* shared_ = nullptr;
 };
 
 }  // namespace slidetune

@@ -5,25 +5,15 @@
 #include <cstring>
 #include <vector>
 
+#include "halves.hpp"
 #include "pool.hpp"
 
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
 
-INLINE float widened(uint16_t half) {
-  const uint32_t bits = uint32_t(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-INLINE uint16_t rounded(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint16_t nearest = uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-  return value == value ? nearest : uint16_t(0x7FC0);
-}
+using slidetune::rounded;
+using slidetune::widened;
 
 struct Job {
   int64_t width;
@@ -71,7 +61,7 @@ constexpr int64_t kRows = 32;
 extern "C" void slidetune_gather_rows(int threads, int64_t width, int64_t count, const int64_t* rows,
                                       const uint16_t* table, uint16_t* out) {
   const int64_t blocks = (count + kRows - 1) / kRows;
-  slidetune::Pool::shared().run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
+  slidetune::Pools::shared().rows->run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
     const int64_t begin = block * kRows, end = begin + kRows < count ? begin + kRows : count;
     for (int64_t i = begin; i < end; ++i) {
       std::memcpy(out + i * width, table + rows[i] * width, size_t(width) * sizeof *table);
@@ -89,7 +79,7 @@ extern "C" void slidetune_sum_rows(int threads, int64_t width, int64_t count, co
   if (__builtin_cpu_supports("avx2")) sum = avx2;
 #endif
   const int64_t blocks = (count + kRows - 1) / kRows;
-  slidetune::Pool::shared().run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
+  slidetune::Pools::shared().rows->run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
     const int64_t begin = block * kRows, end = begin + kRows;
     sum(job, begin, end < count ? end : count);
   });

@@ -105,7 +105,7 @@ def test_rows_are_updated_in_place_as_all_are(implementation, has_dense, width):
     for row, place in zip(rows.tolist(), places.tolist(), strict=True):
         span = slice(row * width, (row + 1) * width)
         own = torch.zeros(width, dtype=torch.bfloat16) if dense is None else dense[span]
-        gradient = values[place] if place >= 0 else own
+        gradient = own + values[place] if place >= 0 else own
         adam_step(*(part[span] for part in expected), gradient, hyper=FAST, step=3, grad_scale=0.5)
     for name, one, other in zip(State._fields, found, expected, strict=True):
         assert torch.equal(one, other), name
