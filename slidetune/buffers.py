@@ -81,7 +81,7 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
             BF16_BYTES * (held.in_ram + vocab + frozen),
         ),
         ("waiting gradients", 1, BF16_BYTES * waiting),
-        ("gradient ring", -(-largest // chunk) + 2 if at_once else 0, BF16_BYTES * chunk),
+        ("gradient ring", plan.gradient_ring * -(-largest // chunk) + 2 if at_once else 0, BF16_BYTES * chunk),
         # A tied matrix gets its gradient twice, from the head and from the rows: it waits here in between.
         ("tied gradient", 0 if deferred or not model.tied else 1, BF16_BYTES * model.embedding.params),
         ("embedding rows", 2, micro_batches * hidden),

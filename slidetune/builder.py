@@ -297,6 +297,8 @@ class _Step:
                 self.marks["rows down",] = self.marks["last down",] = (last,)
             self._release(self.inputs[len(self.layers), m][1], last)
         if self.tied and not self.deferred:
+            # After the layers: their gradients hold up the GPU sooner than the rest of the matrix does.
+            self._update_embedding(1.0 - self.touched, "rest", after=self.marks["tied down",])
             self._update_embedding(self.touched, "rows", after=(last,))
         # With the last gradient down, the norm of all of them is known.
         self.marks["norm",] = (*self.marks.get(("last down",), ()), self.gradients[self.micro_batches[-1]])
@@ -474,7 +476,7 @@ class _Step:
             self._release(held, store)
 
     def _send_tied_gradient(self, computed: int, held: _Held) -> None:
-        """The head's gradient of a tied matrix: rows no token read are complete, and updated at once."""
+        """The head's gradient of a tied matrix: that of rows no token read is then complete."""
         head, store = self.model.head, computed
         # Deferred, the buffer is free once this step's update has read it; else once the last step's has.
         free = self.marks["rest updated",] if self.deferred else ()
@@ -487,7 +489,7 @@ class _Step:
         if not self.deferred:
             if head.params:
                 self._adam(head, None, 0, head.params, (store,))
-            self._update_embedding(1.0 - self.touched, "rest", after=(store,))
+            self.marks["tied down",] = (store,)
 
     def _update_deferred(self, unit: Unit, place: Placement | None) -> None:
         for chunk, params in enumerate(self._chunks(unit.params)):

@@ -78,6 +78,9 @@ class Plan:
     late_updates: int = 0
     """Layers, spread evenly over those the CPU updates, whose update waits for the next forward pass: Adam then
     works all through the step. For update: backward; costs their gradients in RAM."""
+    gradient_ring: int = 1
+    """Layers whose gradients may wait in RAM for Adam while the GPU goes on. For update: backward, where they come
+    down through a ring of chunks."""
     clip_norm: float | None = None
     """Largest global gradient norm; needs update: forward. None leaves gradients as they are."""
     gpu_memory_gib: float | None = None
@@ -116,6 +119,7 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
             ("resident_layers", plan.resident_layers, 0),
             ("resident_weights", plan.resident_weights, 0),
             ("late_updates", plan.late_updates, 0),
+            ("gradient_ring", plan.gradient_ring, 1),
             ("optimizer_nvme", plan.optimizer_nvme, 0),
             ("weights_nvme", plan.weights_nvme, 0),
             ("activations.gpu", plan.activations.gpu, 0),
@@ -157,6 +161,15 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
         (
             plan.late_updates > 0 and plan.update != "backward",
             "late_updates needs update: backward; with update: forward every update waits.",
+        ),
+        (
+            plan.gradient_ring > 1 and plan.update != "backward",
+            "gradient_ring needs update: backward; with update: forward every gradient has a place of its own.",
+        ),
+        (
+            plan.gradient_ring > max(1, sliding - plan.late_updates),
+            f"gradient_ring ({plan.gradient_ring}) exceeds the {max(0, sliding - plan.late_updates)} layers whose "
+            "gradients come down through it.",
         ),
         (
             plan.activations.gpu + plan.activations.nvme > layers,

@@ -71,6 +71,7 @@ def plans(draw: st.DrawFn, model: ModelSpec, *, nvme: bool = True, max_accumulat
     inputs_on_gpu = up_to(layers)
     keep = up_to(layers)
     update = draw(st.sampled_from(("backward", "forward")))
+    late = up_to(sliding) if update == "backward" else 0
     # From several chunks a layer, of a size that divides nothing, to one for everything.
     layer_bytes = 2 * max(unit.params for unit in model.layers)
     chunk_bytes = draw(st.sampled_from((layer_bytes // 3 + 1, layer_bytes // 2, layer_bytes, 40 * layer_bytes)))
@@ -90,7 +91,8 @@ def plans(draw: st.DrawFn, model: ModelSpec, *, nvme: bool = True, max_accumulat
         chunk_bytes=chunk_bytes,
         adam_threads=draw(st.sampled_from((1, 4, 8, 64))),
         update=update,
-        late_updates=up_to(sliding) if update == "backward" else 0,
+        late_updates=late,
+        gradient_ring=draw(st.integers(1, max(1, min(3, sliding - late)))) if update == "backward" else 1,
         clip_norm=draw(st.sampled_from((None, 1.0))) if update == "forward" else None,
     )
 

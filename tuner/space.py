@@ -57,6 +57,7 @@ class Space:
         weights_nvme = round(v["weights_nvme"] * optimizer_nvme)
         inputs_gpu = round(v["activations.gpu"] * layers)
         keep = round(v["recompute.keep"] * layers)
+        late = round(v["late_updates"] * sliding) if v["update"] == "backward" else 0
         micro_batch, batch = v["micro_batch"], v.get("batch")
         most = max(1, MAX_STEP_TOKENS // (micro_batch * self.base.seq_len))
         return replace(
@@ -74,7 +75,8 @@ class Space:
             chunk_bytes=v["chunk_bytes"],
             adam_threads=v["adam_threads"],
             update=v["update"],
-            late_updates=round(v["late_updates"] * sliding) if v["update"] == "backward" else 0,
+            late_updates=late,
+            gradient_ring=max(1, min(v["gradient_ring"], sliding - late)) if v["update"] == "backward" else 1,
         )
 
     def points(self) -> Iterator[Point]:
@@ -154,6 +156,7 @@ def full_space(model: ModelSpec, profile: HardwareProfile, base: Plan, batch: in
             Axis("adam_threads", tuple(reversed(threads))),
             Axis("update", updates),
             Axis("late_updates", (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0) if "backward" in updates else (0.0,)),
+            Axis("gradient_ring", (1, 3) if "backward" in updates else (1,)),
         ),
     )
 
@@ -177,6 +180,7 @@ def coarse_space(model: ModelSpec, profile: HardwareProfile, base: Plan, batch: 
         "chunk_bytes": axes["chunk_bytes"][1:2],
         "adam_threads": axes["adam_threads"][:1],
         "late_updates": (0.0,),
+        "gradient_ring": (1,),
     }
     if not batch:
         narrowed["accumulation"] = tuple(n for n in axes["accumulation"] if n in (1, 2, 4, 8, 16, 32))

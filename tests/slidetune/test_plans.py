@@ -67,6 +67,14 @@ FAULTS = {
         {"late_updates": 1, "update": "forward"},
         "late_updates needs update: backward",
     ),
+    "a ring where each gradient has its place": (
+        {"gradient_ring": 2, "update": "forward"},
+        "gradient_ring needs update: backward",
+    ),
+    "a ring for more layers than use it": (
+        {"gradient_ring": 4, "late_updates": 3},
+        "gradient_ring (4) exceeds the 3 layers whose gradients come down through it",
+    ),
     "no GPU memory": ({"gpu_memory_gib": 0.0}, "gpu_memory_gib must be above 0"),
     "endless GPU memory": ({"gpu_memory_gib": math.inf}, "gpu_memory_gib must be above 0"),
 }

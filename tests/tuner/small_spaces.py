@@ -53,6 +53,7 @@ def small_space(evaluator: Evaluator) -> Space:
         adam_threads=axes["adam_threads"][:1],
         update=("backward",),
         late_updates=(0.0,),
+        gradient_ring=(1,),
     )
 
 
