@@ -4,15 +4,21 @@
     python benchmarks/against_plain.py --table OUT.jsonl
 
 For every model, batch, kernels and cap (`--gpu-memory` GiB, `--no-cap`, or both): the tuner's plan is made and priced,
-then run; with `--plain` the plain loop is run beside it, on the whole card. Each run is a process of its own. Rows go
-to OUT.jsonl as they come; those that are there already are not measured again, failed ones are. After `--budget-s` no
-further run is started.
+then run in a process of its own, as `slidetune validate` runs it. `--record DIR` keeps each run as validate does, for
+`slidetune validate --recorded DIR`; rows that are there already have none made. With `--plain` the plain loop is run
+beside it, on the whole card.
 
 The plain loop is transformers' own model and loss in bf16, fp32 masters and moments on the GPU, torch's fused AdamW. It
-runs with and without activation checkpointing, each with the largest micro-batch that fits; "plain" is the faster. It
-is run once for rows that differ in the cap alone, if they came from one machine.
+runs with and without activation checkpointing, each with the largest micro-batch that fits; "plain" is the faster. One
+process measures all batches of a model and its kernels, small ones first, each from the same weights. Rows that differ
+in the cap alone share its figures, if they came from one machine.
 Both sides start from the same random weights and train on the same batch of random ids again and again, so that the
 losses fall, and can be compared.
+
+Rows go to OUT.jsonl as they come; those that are there already are not measured again, failed ones are. The plain
+loop's figures of a batch go to OUT.plain.jsonl at once, and from there to the rows when its process has ended, or been
+ended, or in the next run of this script. After `--budget-s` no further run is started, and no further batch of the
+plain loop; after `--run-s` a process is ended.
 
 Times are medians of the steps after two warm-up ones. RAM is the process's high-water mark; RAM bytes a parameter are
 without saved activations, beside what they may be: 12.5 and 2 GiB for the process. Other systems' times come from
@@ -22,16 +28,16 @@ data/peers_h200.yaml.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import itertools
 import json
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -39,18 +45,22 @@ from typing import Any
 
 import yaml
 
-from slidetune import api, files, provenance
+from slidetune import apart, api, files, provenance
 from slidetune.errors import SlidetuneError
+from slidetune.grid import file_name, model_name
 from slidetune.machines import adapted, load_profile
-from slidetune.plan_file import read_plan, write_plan
 from slidetune.plans import Plan
+from slidetune.traces.recorded import SUFFIX, save_run
 from slidetune.units import GIB
+from slidetune.validating import run_recorded
 
 Row = dict[str, Any]
 
 PEERS = Path(__file__).parent / "data" / "peers_h200.yaml"
 SHOWN_PEERS = ("slideformer", "megatrain", "deepspeed_zero3")
 CASE = ("model", "batch", "kernels", "cap_gib", "seq_len")
+# The plain loop knows no cap.
+PLAIN_CASE = ("model", "batch", "kernels", "seq_len")
 # RAM pools whose size goes with the batch: saved activations.
 ACTIVATIONS = ("embedding rows", "saved inputs (RAM)", "inner activations (RAM)", "input staging")
 RAM_BYTES_PER_PARAM, PROCESS_BYTES = 12.5, 2 * GIB
@@ -58,46 +68,44 @@ SEED = 0
 BOTH = ("plain", "checkpointed")
 # Parameters that the plain loop updates at a time, about a layer's: bounds the fp32 copies of gradients.
 GROUP = 16
-LAST_LINES = 6
+NOT_IN_TIME = "not measured before its process ended"
 
 
 # --- One run, in a process of its own
 
 
-def run_slidetune(job: Row) -> Row:
-    """Train by the plan of the job."""
+def run_slidetune(job: Row, plan: Plan) -> Row:
+    """Train by a plan, and record it where the job says so."""
     from slidetune.runtime.data import synthetic
-    from slidetune.runtime.run import WARM_UP, run
     from slidetune.runtime.skeleton import skeleton
-    from slidetune.runtime.trainer import SlidingTrainer
 
-    plan = read_plan(job["plan_file"])
-    began = time.perf_counter()
-    with SlidingTrainer(
-        plan.model,
+    ran = run_recorded(
         plan,
-        random_weights=True,
+        job["kernels"],
+        batches=lambda vocabulary: itertools.repeat(next(synthetic(vocabulary, plan, SEED))),
         device=job["device"],
-        nvme_folder=job["nvme_dir"],
+        nvme_dir=job["nvme_dir"],
         seed=SEED,
-        kernels=job["kernels"],
-    ) as trainer:
-        loading_s = time.perf_counter() - began
-        batch = next(synthetic(trainer.spec.vocab_size, plan, SEED))
-        measured = run(trainer, itertools.repeat(batch), WARM_UP + job["steps"])
-        room, device = trainer.schedule.working_bytes() // 2, str(trainer.device)
+        steps=job["steps"],
+        name=job["name"],
+    )
+    if job["record"]:
+        profile = job["profile"]
+        path = Path(job["record"]) / f"{job['name']}{SUFFIX}"
+        save_run(path, ran.run, load_profile(profile), Path(profile).stem)
+    measured, room = ran.measured, ran.working_bytes // 2
     return {
-        "step_s": measured.steady_step_s,
+        "step_s": ran.run.measured.median_step_s,
         "all_step_s": measured.step_s,
         "losses": measured.losses,
-        "loading_s": loading_s,
+        "loading_s": ran.loading_s,
         "gpu_gib": measured.peaks["gpu"] / GIB or None,
         "ram_gib": measured.peaks["ram"] / GIB,
         "nvme_written_bytes": measured.nvme_written_bytes,
         "room_bytes": room,
         "drawn_on_host": drawn_on_host(skeleton(plan.model), room),
-        "machine": provenance.machine(device),
-        "versions": provenance.versions(),
+        "machine": ran.run.machine,
+        "versions": ran.run.versions,
     }
 
 
@@ -145,12 +153,28 @@ class PlainLoop:
         import torch
 
         self.model, self.device, self.updates, self.groups = model, device, 0, []
+        # On the host, so that the device has no less room.
+        self.initial = [p.detach().to("cpu", copy=True) for p in model.parameters()]
         parameters = list(model.parameters())
         for start in range(0, len(parameters), GROUP):
             weights = parameters[start : start + GROUP]
             masters = [p.detach().float() for p in weights]
             moments = [[torch.zeros_like(p) for p in masters] for _ in range(2)]
             self.groups.append((weights, masters, *moments, [torch.zeros((), device=device) for _ in weights]))
+
+    def restart(self) -> None:
+        """Be as it was before the first step."""
+        import torch
+
+        self.updates = 0
+        initial = iter(self.initial)
+        self.model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for weights, masters, first, second, steps in self.groups:
+                for p, master in zip(weights, masters, strict=True):
+                    p.copy_(next(initial))
+                    master.copy_(p)
+                torch._foreach_zero_([*first, *second, *steps])
 
     def checkpointing(self, on: bool) -> None:
         if on:
@@ -195,41 +219,72 @@ class PlainLoop:
         return times, losses
 
 
-def run_plain(job: Row) -> Row:
-    """Train the plain way, with and without checkpointing; there are no variants where neither fits."""
+def run_plain(job: Row) -> None:
+    """Train the plain way with each of the job's batches, and append what each gave to the job's file."""
     import torch
 
+    began = time.perf_counter()
+    device = torch.device(job["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
+    about = {"machine": provenance.machine(str(device)), "drawn_on_host": job["drawn_on_host"]}
+    loop = if_it_fits(lambda: PlainLoop(plain_model(job["model"], job["kernels"], device, job["room_bytes"]), device))
+    at_most: dict[bool, int] = {}
+    for batch in sorted(job["batches"]):
+        if time.perf_counter() - began > job["seconds"]:
+            return
+        try:
+            found = {"variants": []} if loop is None else both_ways(loop, job | {"batch": batch}, at_most)
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}"}
+        line = {key: job[key] for key in PLAIN_CASE if key != "batch"} | {"batch": batch, "found": about | found}
+        with open(job["results"], "a", encoding="utf-8") as file:
+            # A line before it may have been cut off.
+            file.write("\n" + json.dumps(line) + "\n")
+
+
+def both_ways(loop: PlainLoop, job: Row, at_most: dict[bool, int]) -> Row:
+    """Train with one batch, with and without checkpointing; there are no variants where neither fits.
+
+    `at_most` are the largest micro-batches that fitted, with and without checkpointing, where larger ones didn't; what
+    is found out is added.
+    """
     from slidetune.runtime.data import synthetic
 
-    device = torch.device(job["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
-    about = {"machine": provenance.machine(str(device)), "drawn_on_host": job["drawn_on_host"], "variants": []}
-    loop = if_it_fits(lambda: PlainLoop(plain_model(job["model"], job["kernels"], device, job["room_bytes"]), device))
-    if loop is None:
-        return about
+    if loop.updates:
+        loop.restart()
     like = Plan(model=job["model"], seq_len=job["seq_len"], micro_batch=job["batch"])
-    ids = next(synthetic(loop.model.config.vocab_size, like, SEED))["input_ids"].to(device)
+    ids = next(synthetic(loop.model.config.vocab_size, like, SEED))["input_ids"].to(loop.device)
     losses: list[float] = []
+    variants: list[Row] = []
     for checkpointing in (False, True):
         loop.checkpointing(checkpointing)
-        if variant := largest_that_fits(loop, ids, job["steps"]):
+        variant = largest_that_fits(loop, ids, job["plain_steps"], at_most.get(checkpointing, job["batch"]))
+        fitted = variant["micro_batch"] if variant else 0
+        if fitted < job["batch"]:
+            at_most[checkpointing] = fitted
+        if variant:
             # Later ones go on from trained weights.
             if loop.updates == len(variant["losses"]):
                 losses = variant["losses"]
-            about["variants"].append({"checkpointing": checkpointing} | variant)
-    return about | {"losses": losses}
+            variants.append({"checkpointing": checkpointing} | variant)
+    return {"variants": variants, "losses": losses}
 
 
-def largest_that_fits(loop: PlainLoop, ids: Any, steps: int) -> Row | None:
-    """Times, losses and GPU peak with the largest micro-batch that fits: all sequences, half of them, ..."""
+def largest_that_fits(loop: PlainLoop, ids: Any, steps: int, at_most: int) -> Row | None:
+    """Times, losses and GPU peak with the largest micro-batch that fits: all sequences, half of them, ...; of those
+    that are not larger than `at_most`."""
     import torch
 
     from slidetune.runtime.run import WARM_UP
 
     micro_batch, cuda = ids.shape[0], loop.device.type == "cuda"
+    while micro_batch > at_most:
+        micro_batch //= 2
     while micro_batch:
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(loop.device)
+        before = loop.updates
         if ran := if_it_fits(partial(loop.timed, ids, micro_batch, WARM_UP + steps)):
             times, losses = ran
             return {
@@ -241,6 +296,9 @@ def largest_that_fits(loop: PlainLoop, ids: Any, steps: int) -> Row | None:
             }
         loop.model.zero_grad(set_to_none=True)
         gc.collect()
+        if loop.updates != before:
+            # An update may have been broken off half-way.
+            loop.restart()
         micro_batch //= 2
     return None
 
@@ -256,13 +314,6 @@ def if_it_fits(work: Callable[[], Any]) -> Any:
         return None
 
 
-def one(path: Path) -> None:
-    """Do the job that a file describes and write its result beside it."""
-    job = json.loads(path.read_text(encoding="utf-8"))
-    result = {"slidetune": run_slidetune, "plain": run_plain}[job["who"]](job)
-    path.with_suffix(".result").write_text(json.dumps(result), encoding="utf-8")
-
-
 # --- All runs
 
 
@@ -272,79 +323,124 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.rows = {case(row): row for row in read_rows(options.json)}
+        self.plain_file = options.json.with_suffix(".plain.jsonl")
         self.until = time.perf_counter() + options.budget_s
 
     def measure(self) -> None:
         """Measure what is missing of every case, while there is time."""
         given = self.options
         caps = [*([given.gpu_memory] if given.gpu_memory else []), *([None] if given.no_cap else [])]
-        cases = list(itertools.product(given.model, given.batch, given.kernels, caps, [given.seq_len]))
-        for number, values in enumerate(cases, start=1):
-            row = dict(zip(CASE, values, strict=True))
-            self.name = f"[{number}/{len(cases)}] {' '.join(f'{key} {value}' for key, value in row.items())}"
-            known = self.rows.get(case(row))
-            if known is None or known["error"]:
-                known = self._step(row, self._slidetune)
-            if given.plain and known is not None and "variants" not in (known["plain"] or {}):
-                self._step(known, self._plain)
+        for model, kernels in itertools.product(given.model, given.kernels):
+            rows = [
+                dict(zip(CASE, (model, batch, kernels, cap, given.seq_len), strict=True))
+                for batch, cap in itertools.product(given.batch, caps)
+            ]
+            for number, row in enumerate(rows, start=1):
+                known = self.rows.get(case(row))
+                if (known is None or known["error"]) and self._in_time(f"{words(row)} ({number} of {len(rows)})"):
+                    self._write(self._slidetune(row))
+            if given.plain:
+                self._plain([self.rows[case(row)] for row in rows if case(row) in self.rows])
 
-    def _step(self, row: Row, work: Callable[[Row], Row]) -> Row | None:
-        """The row with what `work` adds, written down; None where the time is over."""
-        if time.perf_counter() > self.until:
-            note(f"{self.name}: not started, the time is over")
-            return None
-        row = work(row)
+    def _in_time(self, name: str) -> bool:
+        if time.perf_counter() <= self.until:
+            return True
+        note(f"{name}: not started, the time is over")
+        return False
+
+    def _write(self, row: Row) -> None:
         self.rows[case(row)] = row
         with open(self.options.json, "a", encoding="utf-8") as file:
             file.write(json.dumps(row | figures(row)) + "\n")
-        return row
 
     def _slidetune(self, row: Row) -> Row:
         given = self.options
         row |= {"steps": given.steps, "date": provenance.today(), "profile": str(given.profile), "error": None}
         row |= {"predicted": None, "slidetune": None, "plain": None}
+        # Its imports are done while the plan is made.
+        apart.get_ready()
         try:
             here = adapted(load_profile(given.profile), gpu_memory_gib=row["cap_gib"], kernels=row["kernels"])
             planned = api.plan(row["model"], here, seq_len=row["seq_len"], batch=row["batch"])
         except SlidetuneError as error:
-            note(f"{self.name}: {error}")
+            note(f"{words(row)}: {error}")
             return row | {"error": str(error)}
         row["predicted"] = foreseen(planned)
-        note(f"{self.name}: predicted {planned.prediction.step_s:.3f} s")
+        note(f"{words(row)}: predicted {planned.prediction.step_s:.3f} s")
+        job = {key: row[key] for key in ("kernels", "steps", "profile")} | {"device": given.device}
+        job |= {"name": record_name(row), "record": given.record and str(given.record)}
         with tempfile.TemporaryDirectory() as folder:
-            plan_file = str(write_plan(Path(folder) / "plan.yaml", planned.plan))
-            result = self._run("slidetune", row, plan_file=plan_file, nvme_dir=given.nvme_dir or folder)
-        return row | {"error": result.get("error"), "slidetune": None if "error" in result else result}
+            job["nvme_dir"] = given.nvme_dir or folder
+            ended = apart.run(run_slidetune, job, planned.plan, timeout_s=given.run_s)
+        note(f"{words(row)}: slidetune {ended.error or format(ended.result['step_s'], '.3f') + ' s'}")
+        return row | {"error": ended.error or None, "slidetune": ended.result}
 
-    def _plain(self, row: Row) -> Row:
-        """The row with the plain loop's figures: another row's that differs in the cap alone, or measured."""
-        ours = row["slidetune"] or {"room_bytes": 1 << 62, "drawn_on_host": []}
-        for other in self.rows.values():
-            known = other["plain"]
-            same = all(other[key] == row[key] for key in ("model", "batch", "kernels", "seq_len", "steps"))
-            if known and same and all(known.get(key) == ours.get(key) for key in ("machine", "drawn_on_host")):
-                return row | {"plain": known}
-        weights = {key: ours[key] for key in ("room_bytes", "drawn_on_host")}
-        return row | {"plain": self._run("plain", row, **weights)}
-
-    def _run(self, who: str, row: Row, **more: Any) -> Row:
-        """The result of a job in a process of its own, or {"error": why there is none}."""
-        job = {key: row[key] for key in (*CASE, "steps")} | {"who": who, "device": self.options.device} | more
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "job.json"
-            path.write_text(json.dumps(job), encoding="utf-8")
-            command = [sys.executable, __file__, "--one", str(path)]
-            try:
-                ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=self.options.run_s)
-            except subprocess.TimeoutExpired:
-                result = {"error": f"ended after {self.options.run_s:g} s (--run-s)"}
+    def _plain(self, rows: list[Row]) -> None:
+        """Give the rows the plain loop's figures, measured earlier or now."""
+        earlier = plain_results(self.plain_file)
+        earlier += [one | {"found": one["plain"]} for one in self.rows.values() if one["plain"]]
+        waiting: dict[tuple[str, ...], list[Row]] = {}
+        for row in (row for row in rows if "variants" not in (row["plain"] or {})):
+            ours = row["slidetune"]
+            if ours and (known := [one["found"] for one in earlier if is_of(one, row) and alike(one["found"], ours)]):
+                self._write(row | {"plain": known[-1]})
             else:
-                done = path.with_suffix(".result")
-                result = json.loads(done.read_text()) if done.exists() else {"error": why(ended)}
-        times = [result] if "step_s" in result else result.get("variants", [])
-        found = result.get("error") or ", ".join(f"{each['step_s']:.3f} s" for each in times) or "does not fit"
-        note(f"{self.name}: {who} {found}")
-        return result
+                # Weights that the CPU draws are others: such rows need runs of their own.
+                waiting.setdefault(tuple(ours["drawn_on_host"]) if ours else (), []).append(row)
+        for group in waiting.values():
+            name = f"{group[0]['model']} {group[0]['kernels']}: plain"
+            if self._in_time(name):
+                self._plain_group(name, group)
+
+    def _plain_group(self, name: str, rows: list[Row]) -> None:
+        """Measure the plain loop for rows that differ in batch and cap alone."""
+        given = self.options
+        weights = rows[0]["slidetune"] or {"room_bytes": 1 << 62, "drawn_on_host": []}
+        job = {key: rows[0][key] for key in PLAIN_CASE if key != "batch"}
+        job |= {key: weights[key] for key in ("room_bytes", "drawn_on_host")} | {"plain_steps": given.plain_steps}
+        job |= {"batches": sorted({row["batch"] for row in rows}), "results": str(self.plain_file.resolve())}
+        job |= {"device": given.device, "seconds": self.until - time.perf_counter()}
+        before = len(plain_results(self.plain_file))
+        ended = apart.run(run_plain, job, timeout_s=given.run_s)
+        new = plain_results(self.plain_file)[before:]
+        for row in rows:
+            found = next((one["found"] for one in new if is_of(one, row)), None)
+            if found is None and not ended.error:
+                note(f"{words(row)}: plain not started, the time is over")
+                continue
+            found = found or {"error": f"{NOT_IN_TIME}: {ended.error}"}
+            times = ", ".join(f"{each['step_s']:.3f} s" for each in found.get("variants", []))
+            note(f"{words(row)}: plain {found.get('error') or times or 'does not fit'}")
+            self._write(row | {"plain": found})
+
+
+def words(row: Row) -> str:
+    return " ".join(f"{key} {row[key]}" for key in CASE)
+
+
+def record_name(row: Row) -> str:
+    """The name of a row's recorded run, as qwen3-4b-b8-s1024-liger-24gib."""
+    cap = "nocap" if row["cap_gib"] is None else f"{row['cap_gib']:g}gib"
+    return file_name([model_name(row["model"]), f"b{row['batch']}", f"s{row['seq_len']}", row["kernels"], cap])
+
+
+def plain_results(path: Path) -> list[Row]:
+    """What the plain loop gave, by PLAIN_CASE. A line that was cut off is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def is_of(one: Row, row: Row) -> bool:
+    """Whether a result of the plain loop is for a row's model, batch, kernels and length."""
+    return all(one[key] == row[key] for key in PLAIN_CASE)
+
+
+def alike(plain: Row, ours: Row) -> bool:
+    """Whether a result of the plain loop is one, from the same machine and with the same weights."""
+    return "variants" in plain and all(plain[key] == ours[key] for key in ("machine", "drawn_on_host"))
 
 
 def case(row: Row) -> tuple:
@@ -369,13 +465,6 @@ def foreseen(planned: api.Planned) -> Row:
         "ram_activations_gib": sum(pool.bytes for pool in in_ram) / GIB,
         "plan": files.dump(planned.plan),
     }
-
-
-def why(ended: subprocess.CompletedProcess[str]) -> str:
-    """Why a process has left no result."""
-    code = ended.returncode
-    end = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
-    return " ".join([f"{end}:", *ended.stderr.strip().splitlines()[-LAST_LINES:]])
 
 
 def note(line: str) -> None:
@@ -429,7 +518,8 @@ def figures(row: Row) -> Row:
         found["ram_bytes_per_param"] = (ours["ram_gib"] - predicted["ram_activations_gib"]) * GIB / params
         found["ram_bytes_per_param_allowed"] = RAM_BYTES_PER_PARAM + PROCESS_BYTES / params
         if plain.get("losses") and plain["drawn_on_host"] == ours["drawn_on_host"]:
-            both = zip(ours["losses"], plain["losses"], strict=True)
+            # One side may have made more steps.
+            both = zip(ours["losses"], plain["losses"], strict=False)
             found["max_loss_difference"] = max(abs(a - b) for a, b in both)
     return found
 
@@ -474,22 +564,22 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=4, help="measured ones, after the warm-up")
     parser.add_argument("--plain", action="store_true", help="run the plain loop too")
+    parser.add_argument("--plain-steps", type=int, default=3, help="measured ones of it, after the warm-up")
+    parser.add_argument("--record", type=Path, metavar="DIR", help="keep slidetune's runs here, as validate does")
     parser.add_argument("--device", help="cuda or cpu; the first GPU unless given")
     parser.add_argument("--nvme-dir", help="where the NVMe tier's file goes, if a plan has one")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="start no run after so many seconds")
     parser.add_argument("--run-s", type=float, default=400, help="end a run after so many seconds")
     parser.add_argument("--json", type=Path, metavar="OUT", help="where the rows go, and come from")
     parser.add_argument("--table", type=Path, metavar="OUT", help="print the table of recorded rows, run nothing")
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        one(options.one)
-        return
     if not options.table:
         if not (options.model and options.profile and options.json):
             parser.error("--model, --profile and --json are needed (or --table)")
         if not (options.gpu_memory or options.no_cap):
             parser.error("give --gpu-memory, --no-cap or both")
+        if options.record:
+            options.record.mkdir(parents=True, exist_ok=True)
         Bench(options).measure()
     print(table(read_rows(options.table or options.json)))
 

@@ -4,14 +4,14 @@ Takes about half a minute on an idle machine, and means nothing on a busy one: e
 measurements, so that a reader can tell. On the CPU as device, "GPU" and "link" are matrix products and copies of the
 same cores that run Adam: good enough to try the loop, no more.
 
-What Adam and copies lose to each other is measured with both running, several times over, each time against their
-speeds alone just before. Not measured: the memory of a CUDA context and of the process, and SlideFormer's conversion.
+What Adam, copies and kernels lose to each other is measured with all of them running, several times over, each time
+against their speeds alone just before; the medians of those are also their rates. Not measured: the memory of a CUDA
+context and of the process, and SlideFormer's conversion.
 """
 
 from __future__ import annotations
 
 import datetime
-import functools
 import itertools
 import platform
 import threading
@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -30,7 +31,22 @@ from slidetune.hardware import Figure, Gpu, HardwareProfile, Host, Link, Nvme
 from slidetune.machines import DEFAULT_HOST, load_host
 from slidetune.runtime.adam import AdamW, adam_implementation, adam_step
 from slidetune.runtime.arena import Arena
-from slidetune.runtime.fits import Beside, Repeated, fit_contention, fit_link, rates_together, repeated
+from slidetune.runtime.fits import (
+    Assumed,
+    Beside,
+    CallFit,
+    Contention,
+    Found,
+    GapFit,
+    Kept,
+    Repeated,
+    fit_call,
+    fit_contention,
+    fit_gaps,
+    fit_link,
+    rates_together,
+    repeated,
+)
 from slidetune.runtime.nvme import NvmeFile
 from slidetune.units import GB, GIB, KIB, MIB, format_bytes
 
@@ -39,14 +55,23 @@ _ADAM_BYTES = 26
 # Where Adam has at least this many cores, plans leave one to the rest of the process.
 _MANY_CORES = 4
 
-ADAM, UP, DOWN = "Adam", "uploads", "downloads"
-MIXES = ((ADAM,), (UP,), (DOWN,), (UP, DOWN), (ADAM, UP), (ADAM, DOWN), (ADAM, UP, DOWN))
+ADAM, UP, DOWN, KERNELS, SMALL_ADAM = "Adam", "uploads", "downloads", "kernels", "Adam in small calls"
+MIXES = ((ADAM,), (SMALL_ADAM,), (UP,), (DOWN,), (UP, DOWN), (ADAM, UP), (ADAM, DOWN), (ADAM, UP, DOWN))
 """What runs side by side."""
+KERNEL_MIXES = ((KERNELS,), (KERNELS, UP), (KERNELS, DOWN), (KERNELS, UP, DOWN), (KERNELS, ADAM, UP, DOWN))
+"""And on a GPU, where kernels are not the cores' own work."""
 PASSES = 5
 """Times that all mixes are gone through."""
-_MIX_SECONDS = 0.4
+_MIX_SECONDS = 0.3
+# Parameters of a small call of Adam: some of a layer's.
+_SMALL_CALL = 2 * MIB
+# A kernel's length: as short as a layer's many, but longer than its launch takes the host.
+_KERNEL_S = 30e-6
+# Matrices of a multiple of this fill a GPU's tiles.
+_KERNEL_ROWS = 256
 _LINK_SIZES = (4 * KIB, 64 * KIB, MIB, 16 * MIB, 256 * MIB)
 
+T = TypeVar("T")
 # Calls a second of each action of each mix, in one pass.
 Rates = dict[tuple[str, ...], dict[str, float]]
 Progress = Callable[[int, int, str], None]
@@ -86,12 +111,13 @@ def measure_machine(
     link = bench.link(sizes, passes)
     host = bench.host(one, all_of_them, link, passes)
     nvme = None if nvme_folder is None else bench.nvme(nvme_folder)
-    profile = HardwareProfile(name=platform.node() or "this machine", gpu=bench.gpu(), link=link, host=host, nvme=nvme)
+    gpu = bench.gpu(passes)
+    profile = HardwareProfile(name=platform.node() or "this machine", gpu=gpu, link=link, host=host, nvme=nvme)
     bench.finished()
     return profile
 
 
-def _in_turn(action: Callable[[int], None], arguments: Sequence[int]) -> Callable[[], None]:
+def _in_turn(action: Callable[[T], None], arguments: Sequence[T]) -> Callable[[], None]:
     """An action on one argument after the other, from the start again after the last."""
     endless = itertools.cycle(arguments)
     return lambda: action(next(endless))
@@ -114,8 +140,13 @@ class _Bench:
         cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
         self.cores = min(cores, len(psutil.Process().cpu_affinity()))
         self.sizes = sorted({size for size in _LINK_SIZES if size < effort.copy_bytes} | {effort.copy_bytes})
+        self.mixes = (*MIXES, *KERNEL_MIXES) if self.cuda else MIXES
+        self.small_call = min(_SMALL_CALL, effort.params // 8)
+        # In one call, enough kernels that waiting for the last doesn't count.
+        self.kernels = max(100, round(1000 * effort.seconds))
         self.done = 0
-        self.total = 2 * len(self.sizes) + 2 + PASSES * len(MIXES) + (3 if drive else 0) + 3
+        adam = 1 if self.threads == self.all_threads else 2
+        self.total = 2 * len(self.sizes) + adam + PASSES * len(self.mixes) + (3 if drive else 0) + 3
 
     def arena(self) -> Arena:
         return Arena(2 * self.effort.copy_bytes, pin=self.cuda, name="measurement")
@@ -135,7 +166,7 @@ class _Bench:
 
     # ---- device -------------------------------------------------------------------------------------------
 
-    def gpu(self) -> Gpu:
+    def gpu(self, passes: Sequence[Rates]) -> Gpu:
         size = self.effort.matrix if self.cuda else max(64, self.effort.matrix // 8)
         a, b = (torch.randn(size, size, device=self.device).to(torch.bfloat16) for _ in range(2))
         with self.step("matrix products"):
@@ -161,7 +192,60 @@ class _Bench:
             memory_efficiency=self._figure(1.0, "memory_gbs is already what copies reach"),
             launch_us=self._figure(launch.value * 1e6, "a small layer's forward pass, a kernel of it", launch.spread),
             context_gib=Figure(1.0 if self.cuda else 0.0, "guess", "CUDA context, libraries and allocator"),
+            **self._gaps(passes),
         )
+
+    def _gaps(self, passes: Sequence[Rates]) -> dict[str, Figure]:
+        """What copies cost kernels that run beside them."""
+        if not self.cuda:
+            why = "not measured: on the CPU as device kernels are the cores' own and fetch nothing over a link"
+            return {
+                "gap_uploads_us": Figure(0.0, "derived", why),
+                "gap_downloads_us": Figure(0.0, "derived", why),
+                "gap_adam_factor": Figure(1.0, "derived", why),
+            }
+        alone, *beside = ([self._kernel_s(rates, mix) for rates in passes] for mix in KERNEL_MIXES)
+        gaps = [[later - sooner for later, sooner in zip(mix, alone, strict=True)] for mix in beside]
+        middle = [repeated(gap).value for gap in gaps]
+        found, each = fit_gaps(*middle), [fit_gaps(*one) for one in zip(*gaps, strict=True)]
+        told = ", ".join(f"{gap * 1e6:.2g}" for gap in middle)
+        how = (
+            f"products of {repeated(alone).value * 1e6:.0f} us take {told} us longer beside {UP}, {DOWN}, both, and "
+            f"both and Adam"
+        )
+        spreads = GapFit(*(repeated(column).spread for column in zip(*each, strict=True)))
+        return {
+            "gap_uploads_us": self._figure(found.uploads_s * 1e6, how, spreads.uploads_s),
+            "gap_downloads_us": self._figure(found.downloads_s * 1e6, how, spreads.downloads_s),
+            "gap_adam_factor": self._figure(found.adam_factor, how, spreads.adam_factor),
+        }
+
+    def _kernel_s(self, rates: Rates, mix: tuple[str, ...]) -> float:
+        """Seconds of one kernel in a mix."""
+        return 1.0 / rates[mix][KERNELS] / self.kernels
+
+    def _short_kernels(self) -> Callable[[], None]:
+        """Many short matrix products one after the other on a stream of their own; waits for the last."""
+
+        def products(rows: int) -> Callable[[], None]:
+            a, b = (torch.randn(rows, rows, device=self.device).to(torch.bfloat16) for _ in range(2))
+            out = torch.empty_like(a)
+            return lambda: torch.mm(a, b, out=out)
+
+        rows = 2048
+        product_s = self._seconds_of(products(rows), 0.1 * self.effort.seconds).value
+        tiles = round(rows * (_KERNEL_S / product_s) ** (1 / 3) / _KERNEL_ROWS)
+        product = products(_KERNEL_ROWS * max(1, tiles))
+        torch.cuda.synchronize(self.device)
+        stream = torch.cuda.Stream(self.device)
+
+        def kernels() -> None:
+            with torch.cuda.stream(stream):
+                for _ in range(self.kernels):
+                    product()
+            stream.synchronize()
+
+        return kernels
 
     def _launch_s(self) -> Repeated:
         """Host seconds a kernel of a layer so small that launching is all."""
@@ -212,18 +296,23 @@ class _Bench:
     def link(self, copies: _SizedCopies, passes: Sequence[Rates]) -> Link:
         fit = fit_link(copies.sizes, *([time.value for time in times] for times in (copies.up, copies.down)))
         size = self.effort.copy_bytes
+        up, down = (
+            repeated([_beyond(size, 1.0 / rates[side,][side], fit.latency_s) / GB for rates in passes])
+            for side in (UP, DOWN)
+        )
         duplex = repeated([sum(rates[UP, DOWN].values()) * size / GB for rates in passes])
         kind = "page-locked copies" if self.cuda else "copies"
-        how = (
+        sizes = (
             f"{kind} of {format_bytes(copies.sizes[0])} to {format_bytes(size)} as latency + bytes/rate, "
             f"off by {fit.worst:.0%} at worst ({format_bytes(fit.worst_bytes)})"
         )
+        large = f"{kind} of {format_bytes(size)} alone, less the latency, median of {PASSES} passes"
         return Link(
             name="measured",
-            h2d_gbs=self._figure(fit.up_bytes_per_s / GB, how, copies.up[-1].spread),
-            d2h_gbs=self._figure(fit.down_bytes_per_s / GB, how, copies.down[-1].spread),
+            h2d_gbs=self._figure(up.value, large, up.spread),
+            d2h_gbs=self._figure(down.value, large, down.spread),
             duplex_gbs=self._figure(duplex.value, f"copies of {format_bytes(size)} both ways at once", duplex.spread),
-            latency_us=self._figure(fit.latency_s * 1e6, how, max(copies.up[0].spread, copies.down[0].spread)),
+            latency_us=self._figure(fit.latency_s * 1e6, sizes, max(copies.up[0].spread, copies.down[0].spread)),
         )
 
     def _ends(self, arena: Arena) -> list[tuple[Tensor, Tensor]]:
@@ -257,42 +346,58 @@ class _Bench:
         """Those that show what DRAM gives: as plans have it, or where one less would miss it, all."""
         return self.threads if self.cores >= _MANY_CORES else self.cores
 
-    def adam_alone(self, arena: Arena) -> tuple[Repeated, Repeated]:
-        """Seconds a parameter: one thread, and as many as DRAM can feed."""
-        found = []
-        for params, threads in ((self.effort.params // 4, 1), (self.effort.params, self.all_threads)):
-            with self.step(f"Adam, {threads} threads" if threads > 1 else "Adam, 1 thread"):
-                seconds = self._seconds_of(self._adam(arena, params, threads))
-                found.append(seconds._replace(value=seconds.value / params))
-        return found[0], found[1]
+    def adam_alone(self, arena: Arena) -> tuple[Repeated, Repeated | None]:
+        """Seconds a parameter: one thread, and as many as DRAM can feed, if what runs side by side has fewer."""
+        params, threads = self.effort.params, self.all_threads
+        one = self._adam_s(arena, params // 4, 1)
+        return one, None if threads == self.threads else self._adam_s(arena, params, threads)
+
+    def _adam_s(self, arena: Arena, params: int, threads: int) -> Repeated:
+        """Seconds a parameter."""
+        with self.step(f"Adam, {_threads(threads)}"):
+            seconds = self._seconds_of(self._adam(arena, params, threads))
+        return seconds._replace(value=seconds.value / params)
 
     def side_by_side(self, arena: Arena, copies: dict[str, Callable[[], None]]) -> list[Rates]:
-        """Calls a second of Adam and copies in every mix, several times over."""
-        actions = {ADAM: self._adam(arena, self.effort.params, self.threads), **copies}
+        """Calls a second of Adam, copies and kernels in every mix, several times over."""
+        actions = {
+            ADAM: self._adam(arena, self.effort.params, self.threads),
+            SMALL_ADAM: self._adam(arena, self.small_call, self.threads),
+            **copies,
+        }
+        if self.cuda:
+            actions[KERNELS] = self._short_kernels()
         passes: list[Rates] = []
         for _ in range(PASSES):
             passes.append({})
-            for mix in MIXES:
+            for mix in self.mixes:
                 with self.step(" beside ".join(mix)):
                     ends = self._side_by_side(*(actions[name] for name in mix), seconds=_MIX_SECONDS)
                     rates = (rate for (rate,) in rates_together(ends))
                     passes[-1][mix] = dict(zip(mix, rates, strict=True))
         return passes
 
-    def host(self, one: Repeated, all_of_them: Repeated, link: Link, passes: Sequence[Rates]) -> Host:
+    def host(self, one: Repeated, all_of_them: Repeated | None, link: Link, passes: Sequence[Rates]) -> Host:
         what = f"AdamW over a split master ({adam_implementation()})"
-        capacity = _ADAM_BYTES / all_of_them.value
+        calls = [self._call(rates) for rates in passes]
+        call_s, per_s = (repeated(column) for column in zip(*calls, strict=True))
+        if all_of_them is None:
+            dram, how = per_s, f"less the cost of a call, {_threads(self.threads)}, median of {PASSES} passes"
+        else:
+            dram, how = all_of_them._replace(value=1.0 / all_of_them.value), _threads(self.all_threads)
+        capacity = _ADAM_BYTES * dram.value
+        small, large = (f"{params / MIB:.3g} Mi" for params in (self.small_call, self.effort.params))
         figures = {
-            "dram_gbs": self._figure(
-                capacity / GB, f"{what}, {self.all_threads} threads, 26 bytes a parameter", all_of_them.spread
-            ),
+            "dram_gbs": self._figure(capacity / GB, f"{what}, {how}, 26 bytes a parameter", dram.spread),
             "adam_gparams_per_core": self._figure(1.0 / one.value / 1e9, f"{what}, 1 thread", one.spread),
+            "adam_call_us": self._figure(
+                call_s.value * 1e6,
+                f"{what}, {_threads(self.threads)}, {small} parameters against {large}",
+                call_s.spread,
+            ),
         }
         # As the simulator has it: the rate of these threads, or DRAM's.
         adam_share = min(1.0, self.threads / one.value * _ADAM_BYTES / capacity)
-        for field, side, gbs in (("upload", UP, link.h2d_gbs), ("download", DOWN, link.d2h_gbs)):
-            copy_share = gbs.value * GB / capacity
-            figures |= self._contention(field, side, passes, adam_share, copy_share)
         return Host(
             name=platform.processor() or platform.machine(),
             cores=self._figure(self.cores, "what the process may use"),
@@ -300,46 +405,64 @@ class _Bench:
             dram_efficiency=self._figure(1.0, "dram_gbs is already what Adam reaches"),
             process_gib=Figure(2.5, "guess", "1.5 GiB for the process and 1 left to the operating system"),
             **figures,
+            **self._contention(passes, adam_share, capacity, link),
         )
 
-    def _contention(
-        self, field: str, side: str, passes: Sequence[Rates], adam_share: float, copy_share: float
-    ) -> dict[str, Figure]:
-        """DRAM weight and priority of copies one way."""
-        besides = [Beside(_kept(rates, ADAM, (ADAM, side)), _kept(rates, side, (ADAM, side))) for rates in passes]
-        middle = Beside(*(repeated(column).value for column in zip(*((b.adam, b.copy) for b in besides), strict=True)))
-        assumed_weight, assumed_priority = (
-            getattr(load_host(DEFAULT_HOST), f"{field}_{figure}") for figure in ("dram_weight", "priority")
-        )
-        fit = functools.partial(
-            fit_contention,
-            adam_share=adam_share,
-            copy_share=copy_share,
-            weight=assumed_weight.value,
-            priority=assumed_priority.value,
-        )
-        found, each = fit(middle), [fit(beside) for beside in besides]
-        together = (repeated([_kept(rates, name, MIXES[-1]) for rates in passes]).value for name in MIXES[-1])
-        how = (
-            f"beside each other, {self.threads} threads, Adam keeps {middle.adam:.0%} of its speed and {side} keep "
-            f"{middle.copy:.0%}; Adam, {UP} and {DOWN} all at once {', '.join(f'{kept:.0%}' for kept in together)}"
-        )
-        weight = self._figure(found.weight, how, repeated([fit.weight for fit in each]).spread)
-        priority = self._figure(found.priority, how, repeated([fit.priority for fit in each]).spread)
-        unhindered = f"neither held the other back here ({how}), so as assumed: "
-        first = f"nothing held {side} back here ({how}), so as assumed: "
-        return {
-            f"{field}_dram_weight": weight if found.weight_known else _assumed(assumed_weight, unhindered),
-            f"{field}_priority": priority if found.priority_known else _assumed(assumed_priority, first),
+    def _call(self, rates: Rates) -> CallFit:
+        """Adam's cost of a call and parameters a second, in one pass."""
+        small, large = (1.0 / rates[name,][name] for name in (SMALL_ADAM, ADAM))
+        return fit_call((self.small_call, small), (self.effort.params, large))
+
+    def _contention(self, passes: Sequence[Rates], adam_share: float, capacity: float, link: Link) -> dict[str, Figure]:
+        """DRAM weights and priorities of copies each way; `capacity` of DRAM in bytes a second of Adam's traffic."""
+        assumed_host = load_host(DEFAULT_HOST)
+        guesses = {
+            field: {name: getattr(assumed_host, f"{field}_{figure}") for name, figure in _CONTENTION.items()}
+            for field in ("upload", "download")
         }
+        assumed = tuple(
+            Assumed(gbs.value * GB / capacity, **{name: figure.value for name, figure in guesses[field].items()})
+            for field, gbs in (("upload", link.h2d_gbs), ("download", link.d2h_gbs))
+        )
+
+        def fit(kept: Kept) -> tuple[Contention, Contention]:
+            return fit_contention(kept, adam_share=adam_share, assumed=assumed)
+
+        middle, each = fit(_typical(passes)), [fit(_typical([rates])) for rates in passes]
+        how = self._told(_typical(passes))
+        figures = {}
+        for side, field in enumerate(guesses):
+            for name, figure in _CONTENTION.items():
+                found: Found = getattr(middle[side], name)
+                spread = repeated([getattr(fitted[side], name).value for fitted in each]).spread
+                figures[f"{field}_{figure}"] = (
+                    self._figure(found.value, how, spread)
+                    if found.known
+                    else _assumed(guesses[field][name], f"held back too little here to tell ({how}), so as assumed: ")
+                )
+        return figures
+
+    def _told(self, kept: Kept) -> str:
+        """What the contention figures follow from, in words."""
+        (up, down), all_of_them = kept.pairs, (kept.adam, *kept.copies)
+        return (
+            f"Adam, {_threads(self.threads)}, keeps {up.adam:.0%} of its speed beside {UP}, which keep {up.copy:.0%}; "
+            f"{down.adam:.0%} beside {DOWN}, which keep {down.copy:.0%}; all three "
+            f"{', '.join(f'{speed:.0%}' for speed in all_of_them)}"
+        )
 
     def _adam(self, arena: Arena, params: int, threads: int) -> Callable[[], None]:
-        first = arena.tensor(0, params, torch.float32)
-        second = arena.tensor(4 * params, params, torch.float32)
-        low = arena.tensor(8 * params, params, torch.int16)
-        high = arena.tensor(10 * params, params, torch.bfloat16)
-        gradient = arena.tensor(12 * params, params, torch.bfloat16)
-        return lambda: adam_step(high, low, first, second, gradient, hyper=AdamW(), step=1, threads=threads)
+        """Calls of Adam on so many parameters; on the next ones each time, so that no cache has them, if there are."""
+        most = self.effort.params
+        state = (
+            arena.tensor(10 * most, most, torch.bfloat16),
+            arena.tensor(8 * most, most, torch.int16),
+            arena.tensor(0, most, torch.float32),
+            arena.tensor(4 * most, most, torch.float32),
+            arena.tensor(12 * most, most, torch.bfloat16),
+        )
+        parts = [[tensor[at : at + params] for tensor in state] for at in range(0, most - params + 1, params)]
+        return _in_turn(lambda part: adam_step(*part, hyper=AdamW(), step=1, threads=threads), parts)
 
     # ---- NVMe ---------------------------------------------------------------------------------------------
 
@@ -446,6 +569,33 @@ class _Bench:
     def _synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize(self.device)
+
+
+# The names of a fit's figures in a profile, after "upload_" or "download_".
+_CONTENTION = {"weight": "dram_weight", "priority": "priority", "duplex_priority": "duplex_priority"}
+
+
+def _typical(passes: Sequence[Rates]) -> Kept:
+    """The medians of what Adam and copies keep of their speeds."""
+
+    def kept(name: str, *mix: str) -> float:
+        return repeated([_kept(rates, name, mix) for rates in passes]).value
+
+    return Kept(
+        pairs=tuple(Beside(kept(ADAM, ADAM, side), kept(side, ADAM, side)) for side in (UP, DOWN)),
+        adam=kept(ADAM, ADAM, UP, DOWN),
+        copies=tuple(kept(side, ADAM, UP, DOWN) for side in (UP, DOWN)),
+        both_ways=tuple(kept(side, UP, DOWN) for side in (UP, DOWN)),
+    )
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+def _beyond(amount: float, seconds: float, fixed_s: float) -> float:
+    """Amount a second beyond a fixed cost, which is no more than nearly all."""
+    return amount / max(seconds - fixed_s, 0.01 * seconds)
 
 
 def _kept(rates: Rates, name: str, mix: tuple[str, ...]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -44,6 +44,14 @@ def save_extras(source: Path, target: str | Path) -> None:
 def save_units(folder: str | Path, model: nn.Module, units: Iterable[dict[str, Tensor]]) -> None:
     """Write the weights of one unit after the other, each to a file of its own, then config and index.
 
+    What was in the folder is replaced as `replace_model` does it; raises as that does.
+    """
+    replace_model(folder, lambda staging: _write(staging, model, units))
+
+
+def replace_model(folder: str | Path, write: Callable[[Path], None]) -> None:
+    """Have `write` put a model's files into an empty folder, and move them to where they belong.
+
     All is written beside the folder's files first, so that they stay what they were if that fails; then weights that
     were there are replaced. Raises SlidetuneError if the folder can't be written to.
     """
@@ -53,7 +61,7 @@ def save_units(folder: str | Path, model: nn.Module, units: Iterable[dict[str, T
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        _write(staging, model, units)
+        write(staging)
         stale = {path for pattern in _WEIGHTS for path in folder.glob(pattern)}
         for path in sorted(staging.iterdir()):
             path.replace(folder / path.name)
@@ -66,6 +74,17 @@ def save_units(folder: str | Path, model: nn.Module, units: Iterable[dict[str, T
         raise SlidetuneError(f"{folder}: the model could not be written ({error}).") from error
 
 
+def unit_file(number: int) -> str:
+    """The name of a unit's file of weights; units count from 1."""
+    return f"model-unit-{number:05d}.safetensors"
+
+
+def write_index(folder: Path, files: Mapping[str, str], nbytes: int) -> None:
+    """Write which file each parameter is in; `nbytes`: of all weights."""
+    index = {"metadata": {"total_size": nbytes}, "weight_map": dict(files)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
 def _write(folder: Path, model: nn.Module, units: Iterable[dict[str, Tensor]]) -> None:
     from safetensors.torch import save_file
 
@@ -74,10 +93,9 @@ def _write(folder: Path, model: nn.Module, units: Iterable[dict[str, Tensor]]) -
     for number, weights in enumerate(units, start=1):
         if not weights:
             continue
-        file = f"model-unit-{number:05d}.safetensors"
+        file = unit_file(number)
         save_file(weights, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(weights, file)
         size += sum(tensor.nbytes for tensor in weights.values())
-    index = {"metadata": {"total_size": size}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    write_index(folder, where, size)
     model.config.save_pretrained(folder)

@@ -97,8 +97,11 @@ class SlidingTrainer:
         accept_non_finite: make updates of steps whose loss, or whose norm where gradients are clipped, is NaN or
             infinite too. (Without clipping nobody looks at gradients: NaN in them, with a finite loss, is applied.)
         loss_chunk_tokens: tokens whose logits exist at a time; by default what the schedule assumes.
+        checkpoint: a checkpoint to go on from, as `checkpoint.load_into` takes it; of a directory's model nothing but
+            the config is read then (`<checkpoint>/model` has it).
 
     Raises:
+        BadFile: for a checkpoint that is damaged.
         SlidetuneError: for a plan, model or machine that don't go together, naming what is in the way.
         DoesNotFit: if the plan needs more GPU memory than its cap or the device has, or more RAM than is available.
     """
@@ -118,6 +121,7 @@ class SlidingTrainer:
         kernels: str = "auto",
         accept_non_finite: bool = False,
         loss_chunk_tokens: int | None = None,
+        checkpoint: str | Path | None = None,
     ) -> None:
         self.plan = plan = _plan(plan)
         if loss_chunk_tokens is not None and loss_chunk_tokens < 1:
@@ -148,7 +152,9 @@ class SlidingTrainer:
         if plan.resident_layers:
             check_gpu_adam(self.device)
         # Loading may use on the device what computing will.
-        source = _weights(ref, model, random_weights, seed, self.device, self.schedule.working_bytes() // 2)
+        source = None
+        if checkpoint is None:
+            source = _weights(ref, model, random_weights, seed, self.device, self.schedule.working_bytes() // 2)
         try:
             self._set_up(model, source, units, nvme_folder, seed, loss_chunk_tokens)
         except BaseException:
@@ -162,6 +168,14 @@ class SlidingTrainer:
         """Optimizer updates made, or due to be made by the step under way."""
         self._last: Step | None = None
         self._owed: Step | None = None
+        if checkpoint is not None:
+            from slidetune.runtime.checkpoint import load_into
+
+            try:
+                load_into(self, checkpoint)
+            except BaseException:
+                self.close()
+                raise
 
     # ---- the loop -----------------------------------------------------------------------------------------
 
@@ -240,6 +254,29 @@ class SlidingTrainer:
         save_units(folder, self.parts.model, (unit_weights(master, slot, dtype) for master in self._masters))
         if self._directory is not None:
             save_extras(self._directory, folder)
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write what `save` writes beside the weights. Raises SlidetuneError if the tokenizer can't be copied."""
+        self.parts.model.config.save_pretrained(folder)
+        if self._directory is not None:
+            save_extras(self._directory, folder)
+
+    def settled(self) -> tuple[list[Master], Tensor | None]:
+        """Every unit's master and moments once the last step's update is complete, and the buffer (bytes) through
+        which those on NVMe are read and written; both the caller's until the next step."""
+        self._check_open()
+        self.finish()
+        return self._masters, self._staging()
+
+    def count_from(self, *, steps: int, updates: int, seed: int) -> None:
+        """Go on as after so many steps and updates with this seed; masters and moments were set from elsewhere."""
+        self.steps, self.updates, self._randomness.seed = steps, updates, seed
+        self._last = None
+
+    @property
+    def seed(self) -> int:
+        """Of dropout."""
+        return self._randomness.seed
 
     def grad_norm(self) -> float | None:
         """Norm of all gradients of the last step, before clipping; None if the plan doesn't clip. Waits for the
@@ -386,7 +423,7 @@ class SlidingTrainer:
     def _set_up(
         self,
         model: nn.Module,
-        source: Source,
+        source: Source | None,
         units: list[UnitLayout],
         folder: str | Path | None,
         seed: int,
@@ -401,11 +438,13 @@ class SlidingTrainer:
         unit_places = [None, *places, None]
         self._masters: list[Master] = place_masters(layouts, unit_places, self._pools, self._nvme, chunk, offset)
         slot = self._staging()
-        for unit, master in zip(units, self._masters, strict=True):
-            write_master(master, source.unit(unit), slot)
+        if source is not None:
+            for unit, master in zip(units, self._masters, strict=True):
+                write_master(master, source.unit(unit), slot)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self._pointed = [Pointed(unit.computed, unit.targets) if unit.targets else None for unit in units]
+        self._randomness = Randomness(seed, self.device, draws_random_numbers(model))
         tokens = plan.micro_batch * plan.seq_len
         machine = Machine(
             spec=spec,
@@ -417,7 +456,7 @@ class SlidingTrainer:
             pointed=self._pointed,
             masters=self._masters,
             tables=self._tables(layouts[0]),
-            randomness=Randomness(seed, self.device, draws_random_numbers(model)),
+            randomness=self._randomness,
             nvme=self._nvme,
             inputs_at=inputs_at,
             loss_chunk=loss_chunk or spec.loss_chunk_tokens(tokens),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, replace
 
 from slidetune.gpu_time import gpu_seconds
 from slidetune.hardware import HardwareProfile
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, Work
 from slidetune.simulator.kernel_times import KernelTimes
-from slidetune.simulator.sharing import Demand, fair_speeds
+from slidetune.simulator.sharing import ADAM, DOWNLOAD, UPLOAD, Demand, fair_speeds
 from slidetune.units import GB
 
 # A launching thread is short work at high priority: Adam's threads yield to it, not the reverse.
 _LAUNCH_PRIORITY = 20.0
+
+_IDLE = Demand(())
 
 SHARED_RESOURCES = ("h2d link", "d2h link", "link duplex", "host DRAM", "NVMe drive", "CPU cores")
 
@@ -27,7 +30,7 @@ class Price:
 
 
 class PriceList:
-    """Prices of one machine, and the fair speeds of every mix of tasks met so far."""
+    """Prices of one machine, and the speeds of every mix of tasks met so far."""
 
     def __init__(self, profile: HardwareProfile) -> None:
         self.profile = profile
@@ -35,7 +38,13 @@ class PriceList:
         self.demands: list[Demand] = []
         self._prices: dict[Work, Price] = {}
         self._index: dict[Demand, int] = {}
+        # By a demand's number, that of the demand that shares as it does and waits for no kernels.
+        self._alike = [0]
+        self._fair: dict[tuple[int, ...], tuple[float, ...]] = {}
         self._speeds: dict[tuple[int, ...], tuple[float, ...]] = {}
+        gaps_us = {UPLOAD: profile.gpu.gap_uploads_us.value, DOWNLOAD: profile.gpu.gap_downloads_us.value}
+        # By role, seconds that each kernel waits beside such a task; none where it never does.
+        self._waits_s = {role: us * 1e-6 for role, us in gaps_us.items() if us}
 
     def price(self, work: Work) -> Price:
         found = self._prices.get(work)
@@ -47,19 +56,45 @@ class PriceList:
         """A small number for a demand, from 1; 0 stands for an idle lane."""
         index = self._index.get(demand)
         if index is None:
+            alike = self.demand_index(replace(demand, kernels_per_s=0.0)) if demand.kernels_per_s else 0
             self.demands.append(demand)
             index = self._index[demand] = len(self.demands)
+            self._alike.append(alike or index)
         return index
 
     def speeds(self, running: tuple[int, ...]) -> tuple[float, ...]:
-        """Fair speeds of the demands running on each lane (0: idle), computed once a mix."""
+        """Speeds of the demands running on each lane (0: idle), computed once a mix: fair, but for kernels that wait
+        for copies."""
         found = self._speeds.get(running)
         if found is None:
-            busy = [lane for lane, index in enumerate(running) if index]
-            fair = iter(fair_speeds([self.demands[running[lane] - 1] for lane in busy]))
-            found = tuple(next(fair) if index else 0.0 for index in running)
+            found = self._fair_speeds(running)
+            if self._waits_s:
+                found = self._with_waits(running, found)
             self._speeds[running] = found
         return found
+
+    def _fair_speeds(self, running: tuple[int, ...]) -> tuple[float, ...]:
+        """The same if kernels waited for nothing, computed once for mixes that share alike."""
+        alike = tuple([self._alike[index] for index in running])
+        found = self._fair.get(alike)
+        if found is None:
+            fair = iter(fair_speeds([self.demands[index - 1] for index in alike if index]))
+            found = self._fair[alike] = tuple(next(fair) if index else 0.0 for index in alike)
+        return found
+
+    def _with_waits(self, running: tuple[int, ...], fair: tuple[float, ...]) -> tuple[float, ...]:
+        """Fair speeds, less what GPU tasks lose because each of their kernels is fetched over a busy link."""
+        demands = [self.demands[index - 1] if index else _IDLE for index in running]
+        wait_s = self._wait_s({demand.role for demand in demands})
+        return tuple(
+            [speed / (1.0 + demand.kernels_per_s * wait_s) for speed, demand in zip(fair, demands, strict=True)]
+        )
+
+    def _wait_s(self, roles: Set[str]) -> float:
+        """Seconds that each kernel waits beside tasks of these roles: it is copies that hold it up, however fast they
+        are, and Adam makes them do so longer."""
+        factor = self.profile.gpu.gap_adam_factor.value if ADAM in roles else 1.0
+        return factor * sum(self._waits_s[role] for role in self._waits_s.keys() & roles)
 
     def _priced(self, work: Work) -> Price:
         # SlideFormer's one stream carries both directions: there the operation tells which.
@@ -69,38 +104,36 @@ class PriceList:
     def _gpu(self, work: Work) -> Price:
         launching = (("CPU cores", min(1.0, 1.0 / self.profile.host.cores.value)),)
         seconds = gpu_seconds(work, self.profile.gpu) * self._kernel_times.ratio(work)
-        return Price(seconds, Demand(launching, _LAUNCH_PRIORITY))
+        # Where no kernel ever waits, one demand stands for all GPU tasks, and mixes are few.
+        kernels_per_s = work.launches / seconds if self._waits_s and seconds > 0 else 0.0
+        return Price(seconds, Demand(launching, _LAUNCH_PRIORITY, kernels_per_s=kernels_per_s))
 
     def _upload(self, work: Work) -> Price:
         link, host = self.profile.link, self.profile.host
-        return self._transfer(
-            work, "h2d link", link.h2d_gbs.value, host.upload_dram_weight.value, host.upload_priority.value
-        )
+        shares = self._copy_shares("h2d link", link.h2d_gbs.value, host.upload_dram_weight.value)
+        full = Demand(shares, host.upload_priority.value, UPLOAD, host.upload_duplex_priority.value)
+        return _price(self._copy_s(work, link.h2d_gbs.value), full)
 
     def _download(self, work: Work) -> Price:
         link, host = self.profile.link, self.profile.host
-        return self._transfer(
-            work,
-            "d2h link",
-            link.d2h_gbs.value,
-            host.download_dram_weight.value,
-            host.download_priority.value,
-        )
+        shares = self._copy_shares("d2h link", link.d2h_gbs.value, host.download_dram_weight.value)
+        full = Demand(shares, host.download_priority.value, DOWNLOAD, host.download_duplex_priority.value)
+        return _price(self._copy_s(work, link.d2h_gbs.value), full)
 
-    def _transfer(self, work: Work, direction: str, gbs: float, dram_weight: float, priority: float) -> Price:
-        link, host = self.profile.link, self.profile.host
-        seconds = link.latency_us.value * 1e-6 + work.bytes / (gbs * GB)
-        shares = (
+    def _copy_s(self, work: Work, gbs: float) -> float:
+        return self.profile.link.latency_us.value * 1e-6 + work.bytes / (gbs * GB)
+
+    def _copy_shares(self, direction: str, gbs: float, dram_weight: float) -> tuple[tuple[str, float], ...]:
+        return (
             (direction, 1.0),
-            ("link duplex", gbs / link.duplex_gbs.value),
-            ("host DRAM", dram_weight * gbs * GB / host.dram_bytes_per_s),
+            ("link duplex", gbs / self.profile.link.duplex_gbs.value),
+            ("host DRAM", dram_weight * gbs * GB / self.profile.host.dram_bytes_per_s),
         )
-        # Downloads have their higher priority only while no upload runs beside them: on the H200 host both
-        # directions then run alike, 50.1 GB/s each alone and 35.1 each beside Adam.
-        return _price(seconds, shares, priority, peers="link")
 
     def _adam(self, work: Work) -> Price:
-        return self._on_cores(work, self.profile.host.adam_gparams_per_core.value)
+        host = self.profile.host
+        streaming = self._on_cores(work, host.adam_gparams_per_core.value)
+        return Price(host.adam_call_us.value * 1e-6 + streaming.alone_s, replace(streaming.demand, role=ADAM))
 
     def _convert(self, work: Work) -> Price:
         return self._on_cores(work, self.profile.host.convert_gparams_per_core.value)
@@ -130,14 +163,14 @@ class PriceList:
             ("host DRAM", dram_weight * gbs * GB / host.dram_bytes_per_s),
             ("CPU cores", min(1.0, 1.0 / host.cores.value)),
         )
-        return _price(work.bytes / (gbs * GB), shares)
+        return _price(work.bytes / (gbs * GB), Demand(shares))
 
 
-def _price(seconds: float, shares: tuple[tuple[str, float], ...], weight: float = 1.0, peers: str = "") -> Price:
-    """The price of a task that takes `seconds` and `shares` at the speed of its own lane. Where a resource can't
-    give it that much, the resource sets its top speed: a link may be faster than the DRAM behind it."""
-    most = max(1.0, *(share for _, share in shares))
-    return Price(seconds * most, Demand(tuple((name, share / most) for name, share in shares), weight, peers))
+def _price(seconds: float, full: Demand) -> Price:
+    """The price of a task that takes `seconds` and asks for `full` at the speed of its own lane. Where a resource
+    can't give it that much, the resource sets its top speed: a link may be faster than the DRAM behind it."""
+    most = max(1.0, *(share for _, share in full.shares))
+    return Price(seconds * most, replace(full, shares=tuple((name, share / most) for name, share in full.shares)))
 
 
 _BY_LANE = {

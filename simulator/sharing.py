@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+UPLOAD, DOWNLOAD, ADAM = "upload", "download", "adam"
+"""Roles that others' say, or speed, depends on."""
+
 # Below this a resource counts as full and a speed as reached.
 _EPSILON = 1e-12
 
@@ -23,8 +26,12 @@ class Demand:
     """(resource, fraction of its capacity), for every resource it uses."""
     weight: float = 1.0
     """Its say where a resource is short."""
-    peers: str = ""
-    """Tasks that name the same peers have the same say: the least of theirs."""
+    role: str = ""
+    """UPLOAD, DOWNLOAD or ADAM; empty if it doesn't matter."""
+    duplex_weight: float | None = None
+    """Of a copy: its say where copies run the other way too; None if it is `weight`."""
+    kernels_per_s: float = 0.0
+    """Of a GPU task alone: kernels that the GPU fetches from host memory a second. No share depends on it."""
 
 
 def fair_speeds(demands: Sequence[Demand], capacity: Mapping[str, float] | None = None) -> list[float]:
@@ -60,8 +67,14 @@ def fair_speeds(demands: Sequence[Demand], capacity: Mapping[str, float] | None 
 
 
 def _weights(demands: Sequence[Demand]) -> list[float]:
-    """Each task's weight, or the least of its peers'."""
-    least: dict[str, float] = {}
-    for demand in demands:
-        least[demand.peers] = min(demand.weight, least.get(demand.peers, demand.weight))
-    return [least[demand.peers] if demand.peers else demand.weight for demand in demands]
+    """Each task's say in this mix."""
+    roles = {demand.role for demand in demands}
+    if not {UPLOAD, DOWNLOAD} <= roles:
+        return [demand.weight for demand in demands]
+    weights = [demand.weight if demand.duplex_weight is None else demand.duplex_weight for demand in demands]
+    if ADAM in roles:
+        return weights
+    # Whatever each way's say against Adam, between the two the link itself favours neither.
+    copies = [demand.role in (UPLOAD, DOWNLOAD) for demand in demands]
+    least = min(weight for weight, copy in zip(weights, copies, strict=True) if copy)
+    return [least if copy else weight for weight, copy in zip(weights, copies, strict=True)]

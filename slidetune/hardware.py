@@ -88,6 +88,9 @@ class KernelTime:
     """Seconds that the GPU's figures alone give it; the rest is what they don't say."""
 
 
+_NO_GAPS = "not measured: kernels beside copies are taken to be as fast as alone"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """One GPU."""
@@ -107,6 +110,13 @@ class Gpu:
     """Host time to launch one kernel of a transformers module, microseconds: the floor of small batches."""
     context_gib: Figure
     """Memory taken by the CUDA context, libraries and the allocator's slack, GiB."""
+    gap_uploads_us: Figure = Figure(0.0, "derived", _NO_GAPS)
+    """Time by which each kernel takes longer while copies go up, microseconds: the GPU fetches its commands from host
+    memory over the same link."""
+    gap_downloads_us: Figure = Figure(0.0, "derived", _NO_GAPS)
+    """Time by which each kernel takes longer while copies go down, microseconds."""
+    gap_adam_factor: Figure = Figure(1.0, "derived", _NO_GAPS)
+    """Factor by which CPU Adam beside the copies makes both of these longer; 1 if not at all."""
     kernels: Literal["eager", "liger"] = "eager"
     """Norm, rotary and activation kernels in use: transformers' own, or Liger's fused ones."""
     times: tuple[KernelTime, ...] = ()
@@ -142,6 +152,9 @@ class Link:
     """Fixed cost of a transfer, microseconds: what makes small copies slow."""
 
 
+_BOTH_WAYS = "H200 probe: beside each other and Adam, copies keep 64 % of their rates and Adam 60 % of its own"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """CPU and RAM."""
@@ -166,11 +179,17 @@ class Host:
     upload_priority: Figure = Figure(
         1.06, "derived", "H200 probe: beside Adam, uploads keep 83 % of their rate and Adam 78 % of its own"
     )
-    """Weight of uploads against Adam where both are held back by DRAM."""
+    """Weight of uploads against Adam where both are held back by DRAM and no downloads run."""
     download_priority: Figure = Figure(
         1.52, "derived", "H200 probe: beside Adam, downloads keep 96 % of their rate and Adam 63 % of its own"
     )
-    """Weight of downloads against Adam where both are held back by DRAM: posted writes go first."""
+    """Weight of downloads against Adam where both are held back by DRAM and no uploads run: posted writes go first."""
+    upload_duplex_priority: Figure = Figure(1.06, "derived", _BOTH_WAYS)
+    """Weight of uploads against Adam where both are held back by DRAM and downloads run too."""
+    download_duplex_priority: Figure = Figure(1.06, "derived", _BOTH_WAYS)
+    """Weight of downloads against Adam where both are held back by DRAM and uploads run too."""
+    adam_call_us: Figure = Figure(0.0, "derived", "not measured: Adam's rate is taken to be that of large calls")
+    """Fixed cost of a call of CPU Adam, microseconds: waking its threads and gathering them."""
     convert_gparams_per_core: Figure = Figure(
         1.1, "derived", "H200 probe: 13.3 G parameters/s on 16 threads is 0.83 a core, DRAM-bound"
     )

@@ -34,10 +34,13 @@ _NUMBER = r"\d+(?:\.\d+)?"
 _MAY_BE_ZERO = {
     "gpu.launch_us",
     "gpu.context_gib",
+    "gpu.gap_uploads_us",
+    "gpu.gap_downloads_us",
     "link.latency_us",
     "host.upload_dram_weight",
     "host.download_dram_weight",
     "host.process_gib",
+    "host.adam_call_us",
 }
 
 
@@ -79,7 +82,7 @@ def default_link(gpu_name: str) -> Link:
 def _gpu(key: str) -> Gpu:
     catalog = _catalog("gpus")
     entry, sources = catalog["gpus"][key], catalog["sources"]
-    fields = {f.name for f in dataclasses.fields(Gpu)} - {"name", "kernels", "times"}
+    fields = {f.name for f in dataclasses.fields(Gpu)} - {"name", "kernels", "times"} & entry.keys()
     figures = {field: _figure(entry[field], sources, entry["sheet"]) for field in fields}
     return Gpu(name=entry["name"], **figures)
 

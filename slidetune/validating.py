@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from slidetune.runtime.trainer import SlidingTrainer
 
 DEFAULT_STEPS = 6
+# Beside the steps measured: two to warm up, and one more at the end, since the last one's late tasks have no next step
+# beside them.
+EXTRA_STEPS = 3
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps to do, and what to say about them."""
@@ -70,19 +75,19 @@ def validate(
     chosen = plan if isinstance(plan, Plan) else read_plan(plan)
     prediction = api.simulate(plan, profile, more=False).prediction
     progress(0, steps, f"predicted {prediction.step_s:.3g} s a step")
-    run = _run(
+    ran = run_recorded(
         chosen,
         profile.gpu.kernels,
-        model=model or chosen.model,
+        model=model,
         batches=batches,
         device=device,
         nvme_dir=nvme_dir,
         seed=seed,
         steps=steps,
-        name=name or chosen.model,
+        name=name,
         progress=progress,
     )
-    return compare_with(prediction, run)
+    return compare_with(prediction, ran.run)
 
 
 def validate_recorded(directory: str | Path) -> Summary:
@@ -126,25 +131,40 @@ def measured_rows(schedule: Schedule, measured: MeasuredSteps) -> list[TraceRow]
     return [row for row in trace_rows(schedule, [Recorded(0, before), Recorded(1, times)]) if row.step == 1]
 
 
-def _run(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """A run, its record, and what the record leaves out."""
+
+    run: RecordedRun
+    measured: Measured
+    """All steps: those that warm up, and the one after the steps that count."""
+    loading_s: float
+    """Until the first step could begin."""
+    working_bytes: int
+    """What the schedule lets the device compute with."""
+
+
+def run_recorded(
     plan: Plan,
     kernels: str,
     *,
-    model: str,
-    batches: Batches | None,
-    device: str | None,
-    nvme_dir: str | Path | None,
-    seed: int,
-    steps: int,
-    name: str,
-    progress: Progress,
-) -> RecordedRun:
+    model: str | None = None,
+    batches: Batches | None = None,
+    device: str | None = None,
+    nvme_dir: str | Path | None = None,
+    seed: int = 0,
+    steps: int = DEFAULT_STEPS,
+    name: str = "",
+    progress: Progress = lambda done, of, note: None,
+) -> Ran:
+    """Run a plan as `validate` does, which says what its arguments are, without predicting it."""
     from slidetune.runtime.data import synthetic
     from slidetune.runtime.run import WARM_UP, run
     from slidetune.runtime.trainer import SlidingTrainer
 
-    # One step more than is measured: the last one's late tasks have no next step beside them.
-    every = WARM_UP + steps + 1
+    every = steps + EXTRA_STEPS
+    model = model or plan.model
+    began = time.perf_counter()
     with SlidingTrainer(
         model,
         plan,
@@ -155,6 +175,7 @@ def _run(
         trace=steps + 1,
         kernels=kernels,
     ) as trainer:
+        loading_s = time.perf_counter() - began
         vocabulary = trainer.spec.vocab_size
         measured = run(
             trainer,
@@ -162,7 +183,12 @@ def _run(
             every,
             on_step=lambda number, so_far: progress(number, every, f"{so_far.step_s[-1]:.3g} s a step"),
         )
-        return _recorded(plan, trainer, measured, WARM_UP, name)
+        return Ran(
+            run=_recorded(plan, trainer, measured, WARM_UP, name or plan.model),
+            measured=measured,
+            loading_s=loading_s,
+            working_bytes=trainer.schedule.working_bytes(),
+        )
 
 
 def _recorded(plan: Plan, trainer: SlidingTrainer, measured: Measured, warm_up: int, name: str) -> RecordedRun:

@@ -12,6 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from slidetune.traces.recorded import load_run
+from slidetune.validating import validate_recorded
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
@@ -72,7 +75,9 @@ def tiny(tmp_path):
 def test_both_sides_see_the_same_losses_and_a_row_is_measured_once(tiny):
     ran = measured(tiny, "--kernels", "eager", "--plain")
     (row,) = rows(tiny)
-    assert len(row["slidetune"]["losses"]) == 4
+    # Two to warm up, and one after those that count.
+    assert len(row["slidetune"]["losses"]) == 5
+    assert len(row["plain"]["losses"]) == 5
     assert row["slidetune"]["losses"][-1] < row["slidetune"]["losses"][0]
     assert row["max_loss_difference"] < 1e-3
     assert row["share_of_bound"] == pytest.approx(row["predicted"]["bound_s"] / row["slidetune_s"])
@@ -86,6 +91,60 @@ def test_both_sides_see_the_same_losses_and_a_row_is_measured_once(tiny):
     assert "slidetune" in other
     assert "plain" not in other
     assert [one["plain"] for one in rows(tiny)] == [row["plain"]] * 2
+
+
+def test_runs_are_recorded_as_validate_records_them(tiny):
+    measured(tiny, "--kernels", "eager", "--no-cap", "--record", tiny / "runs")
+    names = [f"{tiny.name}-b2-s32-eager-{cap}" for cap in ("4gib", "nocap")]
+    found = validate_recorded(tiny / "runs").runs
+    assert [one.run.name for one in found] == names
+    assert all(one.lanes for one in found)
+    for row, name in zip(rows(tiny), names, strict=True):
+        run = load_run(tiny / "runs" / f"{name}.json.gz")
+        assert run.measured.median_step_s == row["slidetune_s"]
+        assert run.plan.gpu_memory_gib == row["cap_gib"]
+        assert run.profile == "h200-16c.yaml"
+
+
+def test_one_process_measures_all_batches_from_the_same_weights(tiny):
+    ran = measured(tiny, "--kernels", "eager", "--plain", "--batch", "4", "2", "--plain-steps", "2")
+    assert ran.stderr.count(" plain ") == 2
+    by_batch = {row["batch"]: row for row in rows(tiny)}
+    for batch, row in by_batch.items():
+        assert len(row["plain"]["losses"]) == 4
+        assert row["max_loss_difference"] < 1e-3
+        assert {each["micro_batch"] for each in row["plain"]["variants"]} == {batch}
+    lines = benchmark().plain_results(tiny / "out.plain.jsonl")
+    assert [one["batch"] for one in lines] == [2, 4]
+    # What a job that was cut off has left is taken up.
+    kept = [row | {"plain": None} for row in by_batch.values()]
+    (tiny / "out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    again = measured(tiny, "--kernels", "eager", "--plain", "--batch", "4", "2", "--plain-steps", "2")
+    assert again.stderr == ""
+    assert {row["batch"]: row["plain"] for row in rows(tiny)} == {one["batch"]: one["found"] for one in lines}
+
+
+def test_what_was_measured_before_its_process_was_ended_is_kept(tiny, monkeypatch):
+    bench, row = bench_with(tiny, batches=(2, 4))
+
+    def ended_early(work, job, timeout_s):
+        line = {key: job[key] for key in ("model", "kernels", "seq_len")} | {"batch": 2, "found": {"variants": []}}
+        Path(job["results"]).write_text(json.dumps(line) + '\n{"model": "cut o')
+        return benchmark().apart.Ended(error="ended after 1 s")
+
+    monkeypatch.setattr(benchmark().apart, "run", ended_early)
+    bench._plain([row(2), row(4)])
+    first, second = rows(tiny)
+    assert first["plain"] == {"variants": []}
+    assert "ended after 1 s" in second["plain"]["error"]
+
+
+def bench_with(folder, batches):
+    """A bench with rows whose slidetune run failed, and a row of each batch."""
+    options = SimpleNamespace(json=folder / "out.jsonl", budget_s=60, run_s=1, plain_steps=1, device="cpu")
+    about = {"model": "m", "kernels": "eager", "cap_gib": 4.0, "seq_len": 32, "error": "no"}
+    made = {batch: about | {"batch": batch, "slidetune": None, "plain": None, "predicted": None} for batch in batches}
+    return benchmark().Bench(options), made.get
 
 
 def test_a_run_that_fails_is_a_row_with_its_error_and_is_tried_again(tiny):
@@ -103,21 +162,46 @@ def test_nothing_is_started_when_the_time_is_over(tiny):
     assert rows(tiny) == []
 
 
-def test_the_micro_batch_is_halved_until_it_fits():
-    tried = []
+class Small:
+    """A plain loop on a device that holds two sequences."""
 
-    def timed(ids, micro_batch, steps):
-        tried.append(micro_batch)
+    def __init__(self):
+        self.tried, self.restarts, self.updates = [], 0, 0
+        self.device, self.model = torch.device("cpu"), torch.nn.Linear(1, 1)
+        self.model.config = SimpleNamespace(vocab_size=9)
+
+    def timed(self, ids, micro_batch, steps):
+        self.tried.append(micro_batch)
         if micro_batch > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+        self.updates += steps
         return [1.0] * steps, [0.0] * steps
 
-    loop = SimpleNamespace(timed=timed, device=torch.device("cpu"), model=torch.nn.Linear(1, 1))
-    found = benchmark().largest_that_fits(loop, torch.zeros(8, 4), steps=3)
-    assert tried == [8, 4, 2]
+    def checkpointing(self, on):
+        pass
+
+    def restart(self):
+        self.restarts, self.updates = self.restarts + 1, 0
+
+
+def test_the_micro_batch_is_halved_until_it_fits():
+    loop = Small()
+    found = benchmark().largest_that_fits(loop, torch.zeros(8, 4), steps=3, at_most=8)
+    assert loop.tried == [8, 4, 2]
     assert (found["micro_batch"], found["step_s"]) == (2, 1.0)
-    loop.timed = lambda *_: timed(None, 8, 0)
-    assert benchmark().largest_that_fits(loop, torch.zeros(8, 4), steps=3) is None
+    assert not loop.restarts
+    assert benchmark().largest_that_fits(loop, torch.zeros(8, 4), steps=3, at_most=0) is None
+
+
+def test_larger_batches_start_afresh_from_the_micro_batch_that_is_known_to_fit():
+    loop, at_most = Small(), {}
+    job = {"model": "m", "seq_len": 4, "plain_steps": 1}
+    for batch in (2, 4, 8):
+        found = benchmark().both_ways(loop, job | {"batch": batch}, at_most)
+        assert [each["micro_batch"] for each in found["variants"]] == [2, 2]
+        assert len(found["losses"]) == 3
+    assert loop.tried == [2, 2, 4, 2, 4, 2, 2, 2]
+    assert loop.restarts == 2
 
 
 def test_other_errors_are_no_lack_of_memory():

@@ -149,6 +149,25 @@ def test_a_grid_runs_to_its_end_whatever_fails(folder):
     assert "tuned" in ran.words
 
 
+def test_a_case_that_hangs_is_ended_and_a_slow_one_is_not(folder, monkeypatch):
+    from slidetune import apart, grid
+
+    limits = []
+
+    def run(*_, timeout_s):
+        limits.append(timeout_s)
+        return apart.Ended(error="ended after a while")
+
+    monkeypatch.setattr(apart, "run", run)
+    monkeypatch.setattr(apart, "get_ready", lambda: None)
+    monkeypatch.chdir(folder)
+    (folder / "hangs.yaml").write_text("cases: [{plan: plan.yaml, name: hangs}]")
+    found = grid.validate_grid("hangs.yaml", "profile.yaml", "hung", steps=1)
+    assert found.failures == [grid.Failure("hangs", "ended after a while")]
+    (foreseen,) = json.loads((folder / "hung" / "predictions.json").read_text())
+    assert limits == [pytest.approx(grid.CASE_S + 4 * grid.MOST_TIMES_PREDICTED * foreseen["step_s"])]
+
+
 @pytest.mark.parametrize(
     ("grid", "says"),
     [

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidetune.runtime.fits import fit_link, rates_together, repeated
+from slidetune.runtime.fits import fit_call, fit_gaps, fit_link, rates_together, repeated
 from slidetune.units import KIB, MIB
 
 SIZES = [4 * KIB, 64 * KIB, MIB, 16 * MIB, 256 * MIB]
@@ -94,3 +94,59 @@ def test_rates_by_windows():
     slowing = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0]
     assert rates_together([slowing], 2) == [pytest.approx([1.0, 0.5])]
     assert rates_together([[0.0, 8.0], slowing], 4)[0] == pytest.approx([0.125] * 4)
+
+
+# --- Adam's cost of a call
+
+
+@given(st.floats(0, 1e-3), st.floats(1e8, 1e11))
+def test_a_call_of_fixed_cost_and_rate_comes_back(call, rate):
+    small, large = ((n, call + n / rate) for n in (2 * MIB, 64 * MIB))
+    found = fit_call(small, large)
+    if call <= 64 * MIB / rate:
+        assert found.call_s == pytest.approx(call, abs=1e-9 + 1e-6 * small[1])
+        assert found.per_s == pytest.approx(rate, rel=1e-6)
+    assert found.call_s + 64 * MIB / found.per_s == pytest.approx(large[1])
+
+
+def test_the_h100_machines_calls_cost_150_microseconds():
+    # G parameters a second, 15 threads, by Mi parameters of a call.
+    rates = {2: 4.39, 4: 5.48, 8: 5.99, 16: 5.84, 32: 6.32, 64: 6.26}
+    seconds = {n: n * MIB / rate / 1e9 for n, rate in rates.items()}
+    found = fit_call((2 * MIB, seconds[2]), (64 * MIB, seconds[64]))
+    assert found.call_s == pytest.approx(150e-6, rel=0.1)
+    for n, measured in seconds.items():
+        assert found.call_s + n * MIB / found.per_s == pytest.approx(measured, rel=0.07)
+
+
+@given(st.floats(1e-6, 1.0), st.floats(1e-6, 1.0))
+def test_any_two_calls_give_a_cost_and_a_rate_that_can_be(small_s, large_s):
+    found = fit_call((2 * MIB, small_s), (64 * MIB, large_s))
+    assert 0.0 <= found.call_s <= small_s
+    assert found.per_s > 0.0
+    assert found.call_s + 64 * MIB / found.per_s == pytest.approx(large_s)
+
+
+# --- kernels beside copies
+
+
+def test_gaps_by_hand():
+    # Alone they seem to cost 1 and 3 us, together 2: shared out as 1 to 3.
+    assert fit_gaps(1e-6, 3e-6, 2e-6, 5e-6) == pytest.approx((0.5e-6, 1.5e-6, 2.5))
+    # Neither shows anything alone: half each.
+    assert fit_gaps(-1e-7, 0.0, 3e-6, 3e-6) == pytest.approx((1.5e-6, 1.5e-6, 1.0))
+    # Adam can't help kernels, and a gap of next to nothing says little about him.
+    assert fit_gaps(1e-6, 1e-6, 2e-6, 1e-6).adam_factor == 1.0
+    assert fit_gaps(1e-6, 1e-6, 1e-9, 1e-6).adam_factor == 10.0
+
+
+def test_kernels_that_copies_do_not_slow_have_no_gaps():
+    assert fit_gaps(-1e-7, 1e-8, -2e-8, -1e-7) == (0.0, 0.0, 1.0)
+
+
+@given(st.floats(0, 1e-4), st.floats(0, 1e-4), st.floats(1, 10))
+def test_gaps_come_back(up, down, factor):
+    found = fit_gaps(up, down, up + down, factor * (up + down))
+    assert found[:2] == pytest.approx((up, down))
+    if up + down > 1e-12:
+        assert found.adam_factor == pytest.approx(factor)

@@ -48,6 +48,8 @@ def unit_machine(**figures: float) -> HardwareProfile:
             process_gib=Figure(0.0),
             upload_priority=Figure(1.0),
             download_priority=Figure(1.0),
+            upload_duplex_priority=Figure(1.0),
+            download_duplex_priority=Figure(1.0),
         ),
         nvme=Nvme(size_gb=Figure(100.0), read_gbs=Figure(1.0), write_gbs=Figure(1.0), mixed_share=Figure(2.0)),
     )

@@ -5,8 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slidetune.builder import build
+from slidetune.hardware import Figure
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, LANES, NVME_READ, NVME_WRITE
 from slidetune.simulator.bounds import LANE_NAMES, bounds_s
+from slidetune.simulator.engine import simulate
 from slidetune.simulator.pricing import PriceList
 
 from ..strategies import machines, models_and_plans
@@ -82,3 +84,15 @@ def test_bounds_shrink_with_what_grows(drawn, profile, factor):
     after = bounds_s(schedule, PriceList(profile.scaled("host.dram_gbs", factor)))
     assert after["host DRAM"] == pytest.approx(before["host DRAM"] / factor)
     assert all(after[name] <= before[name] * (1 + 1e-9) for name in before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(models_and_plans(max_layers=4), machines(), st.tuples(*[st.floats(0, 20)] * 2), st.floats(1, 10))
+def test_kernels_that_wait_for_copies_beat_no_bound(drawn, profile, gaps, factor):
+    schedule = build(*drawn)
+    waiting = profile.replaced("gpu.gap_adam_factor", Figure(factor))
+    for path, gap in zip(("gpu.gap_uploads_us", "gpu.gap_downloads_us"), gaps, strict=True):
+        waiting = waiting.replaced(path, Figure(gap))
+    assert bounds_s(schedule, PriceList(waiting)) == bounds_s(schedule, PriceList(profile))
+    bound = next(iter(bounds_s(schedule, PriceList(waiting)).values()))
+    assert simulate(schedule, PriceList(waiting)).step_s >= bound * (1 - 5e-3)

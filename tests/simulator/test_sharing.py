@@ -1,14 +1,16 @@
 """Fluid sharing against shares worked out by hand, and against what makes a sharing max-min fair."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slidetune.simulator.sharing import Demand, fair_speeds
+from slidetune.simulator.sharing import ADAM, DOWNLOAD, UPLOAD, Demand, fair_speeds
 
 
-def on(weight=1.0, peers="", **shares):
-    return Demand(tuple(shares.items()), weight, peers)
+def on(weight=1.0, role="", duplex_weight=None, **shares):
+    return Demand(tuple(shares.items()), weight, role, duplex_weight)
 
 
 # --- by hand
@@ -71,11 +73,28 @@ def test_a_given_capacity_replaces_one():
     assert fair_speeds([on(dram=1.0), on(dram=1.0)], {"dram": 1.5, "unused": 0.1}) == pytest.approx([0.75, 0.75])
 
 
-def test_peers_take_the_least_weight_among_them():
-    # Alone the heavy one would have 3 of 4 parts; beside its peer of weight 1, all three are equal.
-    adam, heavy, light = on(dram=1.0), on(dram=1.0, weight=3.0, peers="link"), on(dram=1.0, peers="link")
-    assert fair_speeds([adam, heavy]) == pytest.approx([0.25, 0.75])
-    assert fair_speeds([adam, heavy, light]) == pytest.approx([1 / 3] * 3)
+def test_copies_have_another_say_where_copies_run_the_other_way_too():
+    adam = on(dram=1.0, role=ADAM)
+    up = on(dram=1.0, weight=3.0, role=UPLOAD, duplex_weight=1.0)
+    down = on(dram=1.0, weight=7.0, role=DOWNLOAD, duplex_weight=2.0)
+    assert fair_speeds([adam, up]) == pytest.approx([1 / 4, 3 / 4])
+    assert fair_speeds([adam, up, up]) == pytest.approx([1 / 7, 3 / 7, 3 / 7])
+    assert fair_speeds([adam, down]) == pytest.approx([1 / 8, 7 / 8])
+    assert fair_speeds([adam, up, down]) == pytest.approx([1 / 4, 1 / 4, 2 / 4])
+
+
+def test_without_adam_the_link_favours_neither_way():
+    up = on(link=0.6, weight=3.0, role=UPLOAD, duplex_weight=1.0)
+    down = on(link=0.6, weight=7.0, role=DOWNLOAD, duplex_weight=2.0)
+    assert fair_speeds([up, down]) == pytest.approx([1 / 1.2] * 2)
+    # Beside a drive, of weight 1, both have the lesser say.
+    drive, up, down = on(dram=1.0), on(2.0, UPLOAD, 3.0, dram=1.0), on(2.0, DOWNLOAD, 4.0, dram=1.0)
+    assert fair_speeds([drive, up, down]) == pytest.approx([1 / 7, 3 / 7, 3 / 7])
+
+
+def test_a_copy_without_a_say_both_ways_keeps_its_own():
+    adam, up, down = on(role=ADAM, dram=1.0), on(2.0, UPLOAD, dram=1.0), on(5.0, DOWNLOAD, dram=1.0)
+    assert fair_speeds([adam, up, down]) == pytest.approx([1 / 8, 2 / 8, 5 / 8])
 
 
 def test_nobody_runs():
@@ -90,7 +109,8 @@ demands = st.builds(
     Demand,
     st.dictionaries(st.sampled_from(RESOURCES), st.floats(0.01, 3.0), max_size=4).map(lambda d: tuple(d.items())),
     st.floats(0.1, 20.0),
-    st.sampled_from(("", "", "link")),
+    st.sampled_from(("", ADAM, UPLOAD, DOWNLOAD)),
+    st.none() | st.floats(0.1, 20.0),
 )
 mixes = st.lists(demands, min_size=1, max_size=6)
 
@@ -103,8 +123,12 @@ def use(mix, speeds):
 
 
 def weights(mix):
-    least = min((d.weight for d in mix if d.peers), default=None)
-    return [least if d.peers else d.weight for d in mix]
+    roles = {d.role for d in mix}
+    if not (UPLOAD in roles and DOWNLOAD in roles):
+        return [d.weight for d in mix]
+    say = [d.duplex_weight or d.weight for d in mix]
+    least = min(w for w, d in zip(say, mix, strict=True) if d.role in (UPLOAD, DOWNLOAD))
+    return [least if ADAM not in roles and d.role in (UPLOAD, DOWNLOAD) else w for w, d in zip(say, mix, strict=True)]
 
 
 @settings(max_examples=300, deadline=None)
@@ -158,3 +182,23 @@ def test_more_of_a_resource_never_lowers_the_slowest_level(mix, name, capacity):
 
     before, after = fair_speeds(mix), fair_speeds(mix, {name: capacity})
     assert lowest(after) >= lowest(before) * (1 - 1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(mixes, st.floats(0.1, 20.0))
+def test_copies_of_one_say_both_ways_share_as_tasks_of_that_weight(mix, weight):
+    """With one weight for both ways the roles are no more than that weight: who runs beside them doesn't matter."""
+    copies = [
+        Demand((("up", 1.0), ("dram", 0.5)), 3.0, UPLOAD, weight),
+        Demand((("dram", 0.7),), 7.0, DOWNLOAD, weight),
+    ]
+    others = [Demand(d.shares, d.weight, ADAM if d.role == ADAM else "") for d in mix]
+    plain = [Demand(d.shares, weight) for d in copies] + [Demand(d.shares, d.weight) for d in mix]
+    assert fair_speeds(copies + others) == pytest.approx(fair_speeds(plain))
+
+
+@settings(max_examples=50, deadline=None)
+@given(mixes, st.floats(1.0, 1e6))
+def test_kernels_of_a_task_change_no_share(mix, kernels_per_s):
+    with_kernels = [dataclasses.replace(d, kernels_per_s=kernels_per_s) for d in mix]
+    assert fair_speeds(with_kernels) == fair_speeds(mix)

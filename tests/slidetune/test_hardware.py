@@ -72,6 +72,17 @@ def test_achieved_rates_are_peak_times_efficiency():
     assert host.dram_bytes_per_s == pytest.approx(89.6e9 * host.dram_efficiency.value)
 
 
+def test_what_was_never_measured_costs_nothing():
+    gpu, host = PROFILE.gpu, PROFILE.host
+    assert (gpu.gap_uploads_us.value, gpu.gap_downloads_us.value, gpu.gap_adam_factor.value) == (0, 0, 1)
+    assert host.adam_call_us.value == 0
+    # One rule for both ways, as long as nobody measured better: the least of the two ways' own priorities.
+    least = min(host.upload_priority.value, host.download_priority.value)
+    assert host.upload_duplex_priority.value == host.download_duplex_priority.value == least
+    for path in ("gpu.gap_uploads_us", "gpu.gap_adam_factor", "host.adam_call_us", "host.upload_duplex_priority"):
+        assert PROFILE.figure(path).kind == "derived"
+
+
 def test_capacities():
     gpu, host = PROFILE.gpu, PROFILE.host
     assert PROFILE.capacity_bytes("gpu") == int((gpu.memory_gib.value - gpu.context_gib.value) * 2**30)

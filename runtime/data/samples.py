@@ -1,4 +1,4 @@
-"""Training data: a text file, rows of JSON, or random tokens; and the batches a plan wants of them.
+"""What `slidetune run` trains on: a text file, rows of JSON, or random tokens, in memory; a faulty row is refused.
 
 A text file, and rows that have nothing but a `text`, become one long stream of tokens cut into sequences: no padding.
 Rows with a `prompt` and a `completion` are a sequence each, padded, with a loss on the completion only; rows of
@@ -8,7 +8,7 @@ Rows with a `prompt` and a `completion` are a sequence each, padded, with a loss
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ from torch import Tensor
 from slidetune.errors import BadFile
 from slidetune.plans import Plan
 from slidetune.runtime.batches import IGNORED
+from slidetune.runtime.data.tokens import Encode, checked_ids
 
-Encode = Callable[[str], Sequence[int]]
-"""Text to token ids."""
 Batch = dict[str, Tensor]
 
 _SHOWN_ROWS = 10
@@ -61,11 +60,6 @@ def synthetic(vocab_size: int, plan: Plan, seed: int = 0) -> Iterator[Batch]:
         yield {"input_ids": torch.randint(0, vocab_size, (plan.batch, plan.seq_len), generator=generator)}
 
 
-def as_bytes(text: str) -> list[int]:
-    """Encode text as its UTF-8 bytes: for models without a tokenizer."""
-    return list(text.encode("utf-8"))
-
-
 def read_samples(path: str | Path, encode: Encode, seq_len: int, *, vocab_size: int, end: int | None = None) -> Samples:
     """The sequences of a text file, or of a .jsonl file's rows.
 
@@ -102,7 +96,7 @@ NumberedRow = tuple[int, list[int], "list[int] | None"]
 
 def _text_tokens(path: Path, text: str, encode: Encode, vocab_size: int) -> list[int]:
     try:
-        return _checked(encode(text), vocab_size, "text")
+        return checked_ids(encode(text), vocab_size, "text", empty=False)
     except ValueError as error:
         raise BadFile(f"{path}: {error}.") from None
 
@@ -151,29 +145,19 @@ def _row(row: Any, encode: Encode, vocab_size: int, end: int | None) -> Row:
         raise ValueError("is no object")
     ending = [] if end is None else [end]
     if isinstance(row.get("text"), str):
-        return _checked(encode(row["text"]), vocab_size, "text"), None
+        return checked_ids(encode(row["text"]), vocab_size, "text", empty=False), None
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        prompt = _checked(encode(row["prompt"]), vocab_size, "prompt", empty=True)
-        completion = [*_checked(encode(row["completion"]), vocab_size, "completion"), *ending]
+        prompt = checked_ids(encode(row["prompt"]), vocab_size, "prompt")
+        completion = [*checked_ids(encode(row["completion"]), vocab_size, "completion", empty=False), *ending]
         return prompt + completion, [IGNORED] * len(prompt) + completion
     if isinstance(row.get("input_ids"), list):
-        ids = _checked(row["input_ids"], vocab_size, "input_ids")
+        ids = checked_ids(row["input_ids"], vocab_size, "input_ids", empty=False)
         labels = row.get("labels", ids)
         if not isinstance(labels, list) or len(labels) != len(ids):
             raise ValueError("has labels that are not as many as its input_ids")
-        _checked([label for label in labels if label != IGNORED], vocab_size, "labels", empty=True)
+        checked_ids([label for label in labels if label != IGNORED], vocab_size, "labels")
         return ids, labels
     raise ValueError("has no text, no prompt and completion, and no input_ids")
-
-
-def _checked(ids: Sequence[int], vocab_size: int, what: str, *, empty: bool = False) -> list[int]:
-    ids = list(ids)
-    if not ids and not empty:
-        raise ValueError(f"has an empty {what}")
-    wrong = next((i for i in ids if type(i) is not int or not 0 <= i < vocab_size), None)
-    if wrong is not None:
-        raise ValueError(f"has {wrong!r} in its {what}, which is no token of a vocabulary of {vocab_size}")
-    return ids
 
 
 def _stream(path: Path, rows: list[list[int]], seq_len: int, end: int | None) -> Samples:
