@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from slidetune.plans import Placement
 from slidetune.runtime.binding import Call
 from slidetune.runtime.clipping import add_squares
 from slidetune.runtime.head_loss import chunked_loss
@@ -26,8 +27,8 @@ def forward(walk: Walk, index: int, task: Task) -> Operation:
     target = walk.slot(index, "saved inputs") if target is None else target
     walk.hidden[i + 1, m] = target
     pointed, weights = walk.machine.pointed[task.unit], walk.weights[task.unit]
-    inner = None
-    if walk.machine.places[i].inner != "recompute":
+    place, inner = walk.machine.places[i], None
+    if place.inner != "recompute" and not stays_as_it_is(place):
         inner = walk.inner[i, m] = Inner(walk.device)
 
     def run(step: Step) -> None:
@@ -36,18 +37,25 @@ def forward(walk: Walk, index: int, task: Task) -> Operation:
             torch.cuda.current_stream(walk.device).wait_event(step.prepared)
         pointed.point(weights)
         x = as_hidden(source, batch.shape, walk.spec.hidden_size)
-        if inner is None:
+        if place.inner == "recompute":
             with torch.no_grad():
                 out = _layer(walk, step, i, m, x)
         else:
             x.requires_grad_()
-            with torch.enable_grad(), inner.collecting(batch.shared, x, weights):
+            collecting = contextlib.nullcontext() if inner is None else inner.collecting(batch.shared, x, weights)
+            with torch.enable_grad(), collecting:
                 out = _layer(walk, step, i, m, x)
             step.graphs[i, m] = (x, get_gradient_edge(out))
         with torch.no_grad():
             as_hidden(target, batch.shape, walk.spec.hidden_size).copy_(out.detach())
 
     return run
+
+
+def stays_as_it_is(place: Placement) -> bool:
+    """Whether a layer's weights and input lie where its forward pass had them until its backward pass has ended, so
+    that what autograd saves can be left to autograd."""
+    return place.inner == "keep" and place.weights == "gpu" and place.saved_input == "gpu"
 
 
 def _layer(walk: Walk, step: Step, i: int, m: int, x: Tensor) -> Tensor:

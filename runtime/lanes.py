@@ -184,6 +184,9 @@ class Lanes:
             try:
                 # A new thread has its own setting; results must not depend on which thread computes.
                 torch.set_num_threads(self._intra_op_threads)
+                # Backward passes run in this thread: handing each to autograd's own and back is two wake-ups, and those
+                # take milliseconds where Adam keeps the cores busy.
+                torch.autograd.set_multithreading_enabled(False)
                 if lane.stream is not None:
                     stack.enter_context(torch.cuda.stream(lane.stream))
                 sequence = 0

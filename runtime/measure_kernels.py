@@ -64,6 +64,8 @@ Progress = Callable[[int, int], None]
 
 # Compilers and libraries try variants in the first rounds: a point may take twice as long in its first as in its fifth.
 _WARM_UP_ROUNDS, _WARM_UP_SECONDS = 8, 2.0
+# A GPU's clocks go down for tens of seconds of work; most of it in the first ten.
+_HEAT_S = 8.0
 _AGREE = 0.05
 
 
@@ -95,12 +97,16 @@ def measure_kernels(
 ) -> tuple[KernelTime, ...]:
     """Times of every kind of GPU task of a model; `gpu` has the figures they are compared with.
 
-    The grid is gone through from few tokens to many, as far as device memory goes and until `seconds` have passed.
+    The grid is gone through from many tokens to few, without those too many for device memory, until `seconds` have
+    passed: on a GPU that is warm from work, as in training, where clocks are a few per cent below a cold one's.
     `ref`: directory, config.json, hub id or catalog name. `progress` is called with points done and to do.
     """
     bench = _Bench(ref, gpu, device, kernels)
-    grid = sorted(grid or (CUDA_GRID if device.type == "cuda" else CPU_GRID), key=lambda point: point.tokens)
+    grid = sorted(grid or (CUDA_GRID if device.type == "cuda" else CPU_GRID), key=lambda point: -point.tokens)
     grid = [point for point in grid if point.seq_len <= bench.spec.max_seq_len]
+    if device.type == "cuda":
+        progress(0, len(grid))
+        _heat(device)
     deadline = time.perf_counter() + seconds
     found: list[KernelTime] = []
     for done, point in enumerate(grid):
@@ -108,15 +114,26 @@ def measure_kernels(
         if time.perf_counter() > deadline:
             break
         try:
-            found += bench.measure(point)
+            # In this thread, as lanes do it.
+            with torch.autograd.set_multithreading_enabled(False):
+                found += bench.measure(point)
         except torch.OutOfMemoryError:
-            break
+            continue
         finally:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     progress(len(grid), len(grid))
     return tuple(found)
+
+
+def _heat(device: torch.device) -> None:
+    a = torch.randn(8192, 8192, device=device).to(torch.bfloat16)
+    until = time.perf_counter() + _HEAT_S
+    while time.perf_counter() < until:
+        for _ in range(100):
+            a @ a
+        torch.cuda.synchronize(device)
 
 
 class _Bench:

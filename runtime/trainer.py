@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import warnings
 import weakref
 from collections import deque
@@ -56,6 +57,8 @@ from slidetune.trace import TraceRow
 from slidetune.units import format_bytes, format_count
 
 _log = logging.getLogger(__name__)
+# What a plan will ever use is in use after so many.
+_CAP_CHECKED_STEPS = 3
 _LESS_GPU = "`slidetune plan --gpu-memory GIB` finds a plan that needs less; so does a smaller window or micro_batch."
 _LESS_RAM = "`slidetune plan --ram GIB` finds a plan that needs less; so does a larger optimizer_nvme, given a drive."
 
@@ -217,6 +220,7 @@ class SlidingTrainer:
             )
         self.updates += 1
         self._owed = step
+        self._check_cap()
         return loss
 
     def finish(self) -> None:
@@ -406,8 +410,23 @@ class SlidingTrainer:
                     f"{format_bytes(total)} are free.",
                     f"End what else uses the GPU, or: {_LESS_GPU}",
                 )
+            _without_gaps()
             if cap is not None:
                 torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), self.device)
+
+    def _check_cap(self) -> None:
+        """In the first steps, whether memory has stayed below the plan's cap: the allocator's own limit doesn't count
+        what is mapped piece by piece."""
+        cap = self.plan.gpu_memory_bytes
+        if cap is None or self.device.type != "cuda" or self.updates > _CAP_CHECKED_STEPS:
+            return
+        reserved = torch.cuda.memory_reserved(self.device)
+        if reserved > cap:
+            self._lanes.stop()
+            raise DoesNotFit(
+                f"{format_bytes(reserved)} of GPU memory are in use; gpu_memory_gib allows {format_bytes(cap)}.",
+                _LESS_GPU,
+            )
 
     def _make_pools(self) -> Pools:
         try:
@@ -596,6 +615,15 @@ def _weights(
     if isinstance(ref, nn.Module):
         return FromModel(model)
     return RandomWeights(model, seed, device, room_bytes) if random else FromSafetensors(ref, model)
+
+
+def _without_gaps() -> None:
+    """Let torch's allocator map device memory piece by piece, unless the user has configured it: plans fill the card to
+    the last GiB, and blocks of fixed sizes leave gaps that the next one doesn't fit."""
+    if any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        return
+    older = torch.cuda.memory._set_allocator_settings
+    getattr(torch._C, "_accelerator_setAllocatorSettings", older)("expandable_segments:True")
 
 
 def chosen_device(device: torch.device | str | None) -> torch.device:

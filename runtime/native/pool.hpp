@@ -5,6 +5,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -31,9 +32,13 @@ class Pool {
     }
     if (threads > 1) wake_.notify_all();
     job.take();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      // A worker that has not come yet finds no job; only those inside are waited for.
+      job_ = nullptr;
+    }
+    poll([&] { return inside_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
-    // A worker that has not come yet finds no job; only those inside are waited for.
-    job_ = nullptr;
     done_.wait(lock, [&] { return inside_ == 0; });
   }
 
@@ -56,10 +61,18 @@ class Pool {
     }
   }
 
+  // Waits for a moment without sleeping: the next job often follows in microseconds, and to wake a thread takes longer.
+  template <typename Ready>
+  static void poll(const Ready& ready) {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+    while (!ready() && std::chrono::steady_clock::now() < until) std::this_thread::yield();
+  }
+
   void work(int index) {
     uint64_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
+      poll([&] { return generation_ != seen; });
+      std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
       Job* job = job_;
@@ -77,10 +90,10 @@ class Pool {
   std::condition_variable wake_;
   std::condition_variable done_;
   Job* job_ = nullptr;
-  uint64_t generation_ = 0;
+  std::atomic<uint64_t> generation_{0};
   int started_ = 0;
   int wanted_ = 0;
-  int inside_ = 0;
+  std::atomic<int> inside_{0};
 };
 
 // The process's pools. Never destroyed: their threads sleep when the process ends.
