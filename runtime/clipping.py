@@ -11,12 +11,15 @@ from torch import Tensor
 from slidetune.runtime.steps import Step
 
 _EPS = 1e-6
+# Elements widened at a time: 32 MiB.
+_AT_ONCE = 4 * 1024**2
 
 
 def add_squares(total: Tensor, values: Tensor) -> None:
     """Add the squares of a bf16 gradient to an fp64 scalar, on the gradient's device and stream."""
-    # Widened element by element as they are read: there is no fp64 copy.
-    total.add_(torch.linalg.vector_norm(values, dtype=torch.float64).square_())
+    # CUDA's kernel wants an fp64 copy: of a few elements at a time, not of a head's 3 GiB.
+    for part in values.split(_AT_ONCE):
+        total.add_(torch.linalg.vector_norm(part, dtype=torch.float64).square_())
 
 
 def gradient_norm(step: Step) -> float:

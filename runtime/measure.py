@@ -65,8 +65,8 @@ PASSES = 5
 _MIX_SECONDS = 0.3
 # Parameters of a small call of Adam: some of a layer's.
 _SMALL_CALL = 2 * MIB
-# Longer than a thread polls before it sleeps (native/pool.hpp).
-_PAUSE_S = 5e-4
+# About as long as Adam waits for a gradient where the GPU is the limit; its threads, and the cores, sleep by then.
+_PAUSE_S = 5e-3
 # A kernel's length: as short as a layer's many, but longer than its launch takes the host.
 _KERNEL_S = 30e-6
 # Matrices of a multiple of this fill a GPU's tiles.

@@ -18,10 +18,21 @@ from torch import Tensor
 _ALIGN = 64
 
 
-class _View(NamedTuple):
-    """A tensor as a view of something that moves: a storage held here (by number), the weights or the input."""
+class _Held:
+    """A storage that the layer made, wherever it is now. The views that autograd has keep it alive, so that in the
+    backward pass it goes with the last of them."""
 
-    of: int | str
+    __slots__ = ("storage",)
+
+    def __init__(self, storage: Tensor) -> None:
+        self.storage = storage
+        """uint8, all of it."""
+
+
+class _View(NamedTuple):
+    """A tensor as a view of something that moves: a storage held here, the weights or the input."""
+
+    of: _Held | str
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
@@ -34,8 +45,7 @@ class Inner:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._held: list[Tensor] = []
-        self._numbers: dict[int, int] = {}
+        self._held: dict[int, _Held] = {}
         self._weights: Tensor | None = None
         self._input: Tensor | None = None
 
@@ -46,7 +56,6 @@ class Inner:
         `shared`: addresses of storages that stay where they are.
         """
         self._held.clear()
-        self._numbers.clear()
         self._weights, self._input = weights, x
 
         def describe(tensor: Tensor) -> Tensor | _View:
@@ -57,11 +66,11 @@ class Inner:
                     return self._view(name, tensor, address - slot.data_ptr())
             if storage.data_ptr() in shared or not storage.nbytes():
                 return tensor
-            number = self._numbers.get(storage.data_ptr())
-            if number is None:
-                number = self._numbers[storage.data_ptr()] = len(self._held)
-                self._held.append(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage))
-            return self._view(number, tensor, address - storage.data_ptr())
+            held = self._held.get(storage.data_ptr())
+            if held is None:
+                held = _Held(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage))
+                self._held[storage.data_ptr()] = held
+            return self._view(held, tensor, address - storage.data_ptr())
 
         with torch.autograd.graph.saved_tensors_hooks(describe, self._restore):
             yield
@@ -71,7 +80,8 @@ class Inner:
     def save(self, slot: Tensor) -> None:
         """Copy all to RAM, into `slot` (bytes, page-locked) as far as it reaches, and let go of it on the device."""
         at = 0
-        for number, source in enumerate(self._held):
+        for held in self._held.values():
+            source = held.storage
             size = source.numel()
             if at + size <= slot.numel():
                 target = slot[at : at + size]
@@ -80,35 +90,39 @@ class Inner:
                 target = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
             target.copy_(source, non_blocking=True)
             self._used_by_this_stream(source)
-            self._held[number] = target
+            held.storage = target
 
     def load(self) -> None:
         """Copy all back to the device."""
-        for number, source in enumerate(self._held):
-            self._held[number] = torch.empty(source.numel(), dtype=torch.uint8, device=self.device)
-            self._held[number].copy_(source, non_blocking=True)
+        for held in self._held.values():
+            source = held.storage
+            held.storage = torch.empty(source.numel(), dtype=torch.uint8, device=self.device)
+            held.storage.copy_(source, non_blocking=True)
 
     @contextlib.contextmanager
     def brought_back(self, x: Tensor, weights: Tensor) -> Iterator[None]:
-        """Backward passes inside find the weights in `weights` and the layer's input in `x`; afterwards all that
-        was held is gone."""
+        """Backward passes inside find the weights in `weights` and the layer's input in `x`; what was held goes as it
+        is used up."""
         self._weights, self._input = weights, x
-        for held in self._held:
-            self._used_by_this_stream(held)
+        for held in self._held.values():
+            self._used_by_this_stream(held.storage)
+        self._held.clear()
         try:
             yield
         finally:
-            self._held.clear()
             self._weights = self._input = None
 
-    def _view(self, of: int | str, tensor: Tensor, at: int) -> _View:
+    def _view(self, of: _Held | str, tensor: Tensor, at: int) -> _View:
         return _View(of, tensor.dtype, tensor.shape, tensor.stride(), at)
 
     def _restore(self, saved: Tensor | _View) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        home = {"weights": self._weights, "input": self._input}.get(saved.of)
-        home = self._held[saved.of] if home is None else home
+        home = (
+            saved.of.storage
+            if isinstance(saved.of, _Held)
+            else {"weights": self._weights, "input": self._input}[saved.of]
+        )
         start = home.data_ptr() - home.untyped_storage().data_ptr() + saved.at
         tensor = torch.empty(0, dtype=saved.dtype, device=home.device)
         return tensor.set_(home.untyped_storage(), start // saved.dtype.itemsize, saved.shape, saved.stride)

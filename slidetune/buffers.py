@@ -113,9 +113,11 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
     ]
 
 
-def forward_working_bytes(unit: Unit, plan: Plan, kernels: str) -> int:
-    """GPU memory a layer's forward pass of one micro-batch needs beside its pools."""
-    return unit.kernels(kernels).forward_bytes * plan.micro_batch * plan.seq_len
+def forward_working_bytes(unit: Unit, plan: Plan, kernels: str, *, kept: bool) -> int:
+    """GPU memory a layer's forward pass of one micro-batch needs beside its pools. Where its inner activations are
+    kept, or offloaded, they have a pool: no more is needed beside it than by the backward pass."""
+    costs = unit.kernels(kernels)
+    return (costs.backward_bytes if kept else costs.forward_bytes) * plan.micro_batch * plan.seq_len
 
 
 def recompute_working_bytes(unit: Unit, plan: Plan, kernels: str) -> int:
@@ -146,8 +148,8 @@ def working_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> int:
 
 
 def _working_sets(model: ModelSpec, plan: Plan, kernels: str) -> tuple[int, int]:
-    """The largest working sets: of tasks beside which kept activations lie, and of backward passes with recomputation,
-    which come when the kept ones are used up."""
+    """The largest working sets: of tasks beside which kept activations lie, and of layers that recompute: those come
+    before the others in the forward pass, and in the backward pass when what was kept is used up."""
     recomputing = len(model.layers) - plan.recompute.keep - plan.recompute.offload
     # Layers of one kind share a figure; a dictionary keeps the arithmetic short for deep models.
     kinds = {
@@ -156,11 +158,14 @@ def _working_sets(model: ModelSpec, plan: Plan, kernels: str) -> tuple[int, int]
     }
     beside = [
         head_working_bytes(model, plan, kernels),
-        *(forward_working_bytes(u, plan, kernels) for u, _ in kinds.values()),
+        *(forward_working_bytes(u, plan, kernels, kept=True) for u, again in kinds.values() if not again),
         *(backward_working_bytes(u, plan, kernels, recomputed=False) for u, again in kinds.values() if not again),
     ]
-    after = [backward_working_bytes(u, plan, kernels, recomputed=True) for u, again in kinds.values() if again]
-    return max(beside), max(after, default=0)
+    apart = [
+        *(forward_working_bytes(u, plan, kernels, kept=False) for u, again in kinds.values() if again),
+        *(backward_working_bytes(u, plan, kernels, recomputed=True) for u, again in kinds.values() if again),
+    ]
+    return max(beside), max(apart, default=0)
 
 
 def peak_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> dict[str, int]:
@@ -172,8 +177,8 @@ def peak_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> dict[str
             kept += pool.bytes
         else:
             total[pool.tier] += pool.bytes
-    beside, after = _working_sets(model, plan, kernels)
-    total["gpu"] += max(kept + beside, after)
+    beside, apart = _working_sets(model, plan, kernels)
+    total["gpu"] += max(kept + beside, apart)
     return total
 
 

@@ -170,7 +170,7 @@ class _Step:
             flops=unit.forward_flops(plan.micro_batch, plan.seq_len),
             traffic_bytes=self._traffic(unit),
             launches=unit.kernels(self.kernels).launches,
-            working_bytes=buffers.forward_working_bytes(unit, plan, self.kernels),
+            working_bytes=buffers.forward_working_bytes(unit, plan, self.kernels, kept=place.inner != "recompute"),
         )
         for m in self.micro_batches:
             if m:

@@ -210,7 +210,8 @@ def _recorded(plan: Plan, trainer: SlidingTrainer, measured: Measured, warm_up: 
             step_s=step_s,
             losses=tuple(_rounded(measured.losses)),
             peak_bytes=dict(peaks),
-            nvme_written_bytes=round(measured.nvme_written_bytes / last),
+            # `finish` goes through the schedule once more, and writes what that holds.
+            nvme_written_bytes=round(measured.nvme_written_bytes / (last + 1)),
             tasks=digest(trainer.schedule),
             start_us=tuple(starts),
             end_us=tuple(ends),

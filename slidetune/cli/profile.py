@@ -19,7 +19,7 @@ from slidetune.hardware import NOISY_SPREAD, HardwareProfile
 from slidetune.machines import catalog_card, catalog_guesses
 from slidetune.units import format_seconds
 
-QUICK = "A rough idea in about 15 seconds, and as much for each --model; else 45 seconds, and as much for each."
+QUICK = "A rough idea in about 15 seconds, and as much for each --model; else about 55, and 40 for each."
 
 
 def profile(

@@ -50,7 +50,7 @@ def test_gradients_as_if_nothing_had_moved(offload, room):
     expected = plain_gradients(x_values, w_values, upward)
     assert torch.equal(x.grad, expected[0])
     assert torch.equal(weight.grad, expected[1])
-    assert inner._held == []
+    assert not inner._held
 
 
 def test_what_stays_where_it_is_is_not_held():
@@ -59,7 +59,7 @@ def test_what_stays_where_it_is_is_not_held():
     inner = Inner(CPU)
     with inner.collecting({mask.untyped_storage().data_ptr()}, x, torch.zeros(1)):
         out = x * mask
-    assert inner._held == []
+    assert not inner._held
     with inner.brought_back(x.detach(), torch.zeros(1)):
         out.sum().backward()
     assert torch.equal(x.grad, mask)

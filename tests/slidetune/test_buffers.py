@@ -187,7 +187,8 @@ def test_working_sets_by_hand():
     plan = Plan(model=LLAMA.name, seq_len=512, micro_batch=3)
     layer, tokens = LLAMA.layers[0], 3 * 512
     costs = layer.liger
-    assert buffers.forward_working_bytes(layer, plan, "liger") == costs.forward_bytes * tokens
+    assert buffers.forward_working_bytes(layer, plan, "liger", kept=False) == costs.forward_bytes * tokens
+    assert buffers.forward_working_bytes(layer, plan, "liger", kept=True) == costs.backward_bytes * tokens
     assert buffers.recompute_working_bytes(layer, plan, "liger") == costs.saved_bytes * tokens
     # The largest single gradient is that of an MLP matrix.
     kept = costs.backward_bytes * tokens + 2 * 4096 * 14336
