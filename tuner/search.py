@@ -20,6 +20,7 @@ from slidetune.errors import SlidetuneError
 from slidetune.plans import Plan, knobs
 from slidetune.tuner.evaluate import Evaluator, Worth
 from slidetune.tuner.heuristics import starting_points
+from slidetune.tuner.refine import refined
 from slidetune.tuner.space import Point, Space
 from slidetune.tuner.workers import Workers
 
@@ -60,8 +61,9 @@ class Trial:
 
     number: int
     origin: str
-    """expert, sampler, neighbour or exhaustive."""
+    """expert, sampler, neighbour, refined or exhaustive."""
     point: Point
+    """Of a refined plan, that of the one it was made from."""
     plan: Plan
     worth: Worth | None
 
@@ -312,6 +314,8 @@ class _Search:
             self._try(points, "neighbour", sampled)
             fruitless = 0 if self.evaluator.simulated > before else fruitless + 1
         self._polish()
+        if not self.shared:
+            self._refine()
         return choose(self._all_trials(), self.objective, self.study)
 
     def _learn(self) -> None:
@@ -330,6 +334,24 @@ class _Search:
             if not near:
                 return
             self._try(near, "neighbour")
+
+    def _refine(self) -> None:
+        """Try numbers of layers between those that the axes have, around the plan chosen, until none is better.
+
+        Whoever shares a study knows its plans by their points on the axes, and does without.
+        """
+        for _ in self.evaluator.model.layers:
+            found = choose(list(self.tried.values()), self.objective, None)
+            if found is None:
+                return
+            best = found.best
+            around = refined(best.plan, self.space, self.evaluator.model)
+            near = [p for p in around if p not in self.tried and self.evaluator.fits(p)]
+            self.evaluator.worths(near, self.workers)
+            for plan in near:
+                self.tried[plan] = Trial(next(self.numbers), "refined", best.point, plan, self.evaluator.worth(plan))
+            if choose(list(self.tried.values()), self.objective, None).plan == best.plan:
+                return
 
     def _spent(self) -> bool:
         return self.evaluator.simulated >= self.wanted or self.evaluator.tasks >= _TASK_BUDGET

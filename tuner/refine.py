@@ -1,0 +1,45 @@
+"""Plans a few layers away from one: what the axes of a search space, shares of the layers, leave out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from slidetune.model import ModelSpec
+from slidetune.plans import Activations, Plan, Recompute, knobs, problems
+from slidetune.tuner.space import Space
+
+_COUNTS = ("resident_layers", "resident_weights", "late_updates")
+# Axes whose values are shares of the layers.
+_SHARES = (*_COUNTS, "recompute.keep", "activations.gpu")
+
+
+def refined(plan: Plan, space: Space, model: ModelSpec) -> list[Plan]:
+    """Valid plans with some layers more or fewer of a kind; and, since GPU memory is what they compete for, more layers
+    kept in place of resident ones and of inputs on the GPU. Of what the space leaves open alone."""
+    most = {a.name: round(max(a.values) * space.layers) for a in space.axes if len(a.values) > 1 and a.name in _SHARES}
+    now = knobs(plan)
+
+    def within(other: Plan) -> bool:
+        changed = {name: value for name, value in knobs(other).items() if value != now[name]}
+        return all(0 <= value <= most.get(name, -1) for name, value in changed.items()) and not problems(other, model)
+
+    return [p for p in dict.fromkeys((*_single(plan), *_for_keeping(plan))) if p != plan and within(p)]
+
+
+def _single(plan: Plan) -> Iterator[Plan]:
+    for knob, step in itertools.product(_COUNTS, (1, -1, 2, -2)):
+        yield dataclasses.replace(plan, **{knob: getattr(plan, knob) + step})
+    yield _keeping(plan, plan.recompute.keep - 1)
+
+
+def _for_keeping(plan: Plan) -> Iterator[Plan]:
+    for more, fewer, on_gpu in itertools.product((1, 2, 3), (0, 1, 2), sorted({plan.activations.gpu, 0})):
+        kept = _keeping(plan, plan.recompute.keep + more)
+        activations = Activations(gpu=on_gpu, nvme=plan.activations.nvme)
+        yield dataclasses.replace(kept, resident_layers=plan.resident_layers - fewer, activations=activations)
+
+
+def _keeping(plan: Plan, layers: int) -> Plan:
+    return dataclasses.replace(plan, recompute=Recompute(keep=layers, offload=plan.recompute.offload))
