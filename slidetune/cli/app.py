@@ -12,6 +12,7 @@ import typer
 from slidetune import __version__
 from slidetune.cli.console import err
 from slidetune.cli.fit import fit
+from slidetune.cli.init import init
 from slidetune.cli.lists import gpus, models, schema
 from slidetune.cli.plan import plan
 from slidetune.cli.profile import profile
@@ -50,6 +51,8 @@ def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
 
 for command in (plan, run, validate, tune_loop, profile, simulate, report, fit, gpus, models, schema):
     app.command()(_stoppable(command))
+# Shown once there is a `slidetune train` for its recipes.
+app.command(hidden=True)(_stoppable(init))
 
 
 def _print_version(asked: bool) -> None:
