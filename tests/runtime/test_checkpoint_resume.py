@@ -72,7 +72,7 @@ def two_plans(draw):
 
 
 @given(two_plans(), st.integers(1, 2), st.sampled_from([None, 0, 1_000_000]))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @pytest.mark.timeout(400)
 def test_any_plan_goes_on_from_any_other(tmp_path_factory, case, stop, copy_bytes):
     config, first, second = case
