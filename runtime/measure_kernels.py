@@ -102,7 +102,9 @@ def measure_kernels(
     `ref`: directory, config.json, hub id or catalog name. `progress` is called with points done and to do.
     """
     bench = _Bench(ref, gpu, device, kernels)
-    grid = sorted(grid or (CUDA_GRID if device.type == "cuda" else CPU_GRID), key=lambda point: -point.tokens)
+    cuda = device.type == "cuda"
+    # Of a CPU, which may take minutes for the largest, the small ones first.
+    grid = sorted(grid or (CUDA_GRID if cuda else CPU_GRID), key=lambda point: point.tokens, reverse=cuda)
     grid = [point for point in grid if point.seq_len <= bench.spec.max_seq_len]
     if device.type == "cuda":
         progress(0, len(grid))
