@@ -109,26 +109,23 @@ class PriceList:
         return Price(seconds, Demand(launching, _LAUNCH_PRIORITY, kernels_per_s=kernels_per_s))
 
     def _upload(self, work: Work) -> Price:
-        link, host = self.profile.link, self.profile.host
-        shares = self._copy_shares("h2d link", link.h2d_gbs.value, host.upload_dram_weight.value)
-        full = Demand(shares, host.upload_priority.value, UPLOAD, host.upload_duplex_priority.value)
-        return _price(self._copy_s(work, link.h2d_gbs.value), full)
+        host = self.profile.host
+        say = Demand((), host.upload_priority.value, UPLOAD, host.upload_duplex_priority.value)
+        return self._copy(work, "h2d link", self.profile.link.h2d_gbs.value, host.upload_dram_weight.value, say)
 
     def _download(self, work: Work) -> Price:
+        host = self.profile.host
+        say = Demand((), host.download_priority.value, DOWNLOAD, host.download_duplex_priority.value)
+        return self._copy(work, "d2h link", self.profile.link.d2h_gbs.value, host.download_dram_weight.value, say)
+
+    def _copy(self, work: Work, direction: str, gbs: float, dram_weight: float, say: Demand) -> Price:
         link, host = self.profile.link, self.profile.host
-        shares = self._copy_shares("d2h link", link.d2h_gbs.value, host.download_dram_weight.value)
-        full = Demand(shares, host.download_priority.value, DOWNLOAD, host.download_duplex_priority.value)
-        return _price(self._copy_s(work, link.d2h_gbs.value), full)
-
-    def _copy_s(self, work: Work, gbs: float) -> float:
-        return self.profile.link.latency_us.value * 1e-6 + work.bytes / (gbs * GB)
-
-    def _copy_shares(self, direction: str, gbs: float, dram_weight: float) -> tuple[tuple[str, float], ...]:
-        return (
+        shares = (
             (direction, 1.0),
-            ("link duplex", gbs / self.profile.link.duplex_gbs.value),
-            ("host DRAM", dram_weight * gbs * GB / self.profile.host.dram_bytes_per_s),
+            ("link duplex", gbs / link.duplex_gbs.value),
+            ("host DRAM", dram_weight * gbs * GB / host.dram_bytes_per_s),
         )
+        return _price(link.latency_us.value * 1e-6 + work.bytes / (gbs * GB), replace(say, shares=shares))
 
     def _adam(self, work: Work) -> Price:
         host = self.profile.host

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slidetune import files, schedules
+from slidetune.commented import commented, write_text
 from slidetune.errors import BadFile, SlidetuneError
-from slidetune.plan_file import plan_text
 from slidetune.plans import Plan
 
 AUTO = "auto"
@@ -111,18 +111,12 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def write_recipe(path: str | Path, recipe: Recipe, *, heading: Sequence[str] = ()) -> Path:
     """Write a recipe, commented. Raises `BadFile` where the file can't be written."""
-    path = Path(path)
-    try:
-        path.write_text(recipe_text(recipe, heading=heading), encoding="utf-8")
-    except OSError as error:
-        raise BadFile(f"{path}: {error.strerror}.") from None
-    return path
+    return write_text(path, recipe_text(recipe, heading=heading))
 
 
 def recipe_text(recipe: Recipe, *, heading: Sequence[str] = ()) -> str:
     """The file's text, which `read_recipe` takes back."""
-    # It writes the fields of any dataclass.
-    return plan_text(recipe, heading=heading)
+    return commented(recipe, heading=heading)
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

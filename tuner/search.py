@@ -340,18 +340,18 @@ class _Search:
 
         Whoever shares a study knows its plans by their points on the axes, and does without.
         """
+        before: Plan | None = None
         for _ in self.evaluator.model.layers:
             found = choose(list(self.tried.values()), self.objective, None)
-            if found is None:
+            if found is None or found.plan == before:
                 return
             best = found.best
+            before = best.plan
             around = refined(best.plan, self.space, self.evaluator.model)
             near = [p for p in around if p not in self.tried and self.evaluator.fits(p)]
             self.evaluator.worths(near, self.workers)
             for plan in near:
                 self.tried[plan] = Trial(next(self.numbers), "refined", best.point, plan, self.evaluator.worth(plan))
-            if choose(list(self.tried.values()), self.objective, None).plan == best.plan:
-                return
 
     def _spent(self) -> bool:
         return self.evaluator.simulated >= self.wanted or self.evaluator.tasks >= _TASK_BUDGET
