@@ -10,8 +10,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from slidetune.plans import Placement
 from slidetune.runtime.binding import Call
+from slidetune.runtime.captured import Inputs
 from slidetune.runtime.clipping import add_squares
-from slidetune.runtime.head_loss import chunked_loss
+from slidetune.runtime.head_loss import chunked_loss, chunked_loss_alone, loss_alone
 from slidetune.runtime.rounding import round_in_place
 from slidetune.runtime.saved import Inner
 from slidetune.runtime.steps import Step
@@ -27,29 +28,38 @@ def forward(walk: Walk, index: int, task: Task) -> Operation:
     target = walk.slot(index, "saved inputs") if target is None else target
     walk.hidden[i + 1, m] = target
     pointed, weights = walk.machine.pointed[task.unit], walk.weights[task.unit]
-    place, inner = walk.machine.places[i], None
+    place, inner, passes = walk.machine.places[i], None, walk.machine.passes
     if place.inner != "recompute" and not stays_as_it_is(place):
         inner = walk.inner[i, m] = Inner(walk.device)
 
-    def run(step: Step) -> None:
-        batch = step.micro_batches[m]
-        if i == 0 and m == 0 and step.prepared is not None:
-            torch.cuda.current_stream(walk.device).wait_event(step.prepared)
+    def body(step: Step, inputs: Inputs) -> None:
+        shape = step.micro_batches[m].shape
         pointed.point(weights)
-        x = as_hidden(source, batch.shape, walk.spec.hidden_size)
+        x = as_hidden(source, shape, walk.spec.hidden_size)
         if place.inner == "recompute":
             with torch.no_grad():
-                out = _layer(walk, step, i, m, x)
+                out = _layer(walk, step, i, m, x, inputs)
         else:
             x.requires_grad_()
-            collecting = contextlib.nullcontext() if inner is None else inner.collecting(batch.shared, x, weights)
+            collecting = contextlib.nullcontext() if inner is None else inner.collecting(inputs.shared, x, weights)
             with torch.enable_grad(), collecting:
-                out = _layer(walk, step, i, m, x)
-            step.graphs[i, m] = (x, get_gradient_edge(out))
+                out = _layer(walk, step, i, m, x, inputs)
+            graph = step.graphs[i, m] = (x, get_gradient_edge(out))
+            if passes.recording:
+                passes.keep(graph)
         with torch.no_grad():
-            as_hidden(target, batch.shape, walk.spec.hidden_size).copy_(out.detach())
+            as_hidden(target, shape, walk.spec.hidden_size).copy_(out.detach())
 
-    return run
+    once = passes.bind(m, body)
+    if i or m:
+        return once
+
+    def first(step: Step) -> None:
+        if step.prepared is not None:
+            torch.cuda.current_stream(walk.device).wait_event(step.prepared)
+        once(step)
+
+    return first
 
 
 def stays_as_it_is(place: Placement) -> bool:
@@ -58,9 +68,9 @@ def stays_as_it_is(place: Placement) -> bool:
     return place.inner == "keep" and place.weights == "gpu" and place.saved_input == "gpu"
 
 
-def _layer(walk: Walk, step: Step, i: int, m: int, x: Tensor) -> Tensor:
+def _layer(walk: Walk, step: Step, i: int, m: int, x: Tensor, inputs: Inputs) -> Tensor:
     with walk.randomly(step, i + 1, m):
-        return layer_output(walk.machine.parts.layers[i], x, step.micro_batches[m].calls[i])
+        return layer_output(walk.machine.parts.layers[i], x, inputs.calls[i])
 
 
 def layer_output(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
@@ -76,13 +86,13 @@ def recompute(walk: Walk, index: int, task: Task) -> Operation:
     source = walk.hidden[i, m]
     pointed, weights = walk.machine.pointed[task.unit], walk.weights[task.unit]
 
-    def run(step: Step) -> None:
+    def body(step: Step, inputs: Inputs) -> None:
         pointed.point(weights)
         x = as_hidden(source, step.micro_batches[m].shape, walk.spec.hidden_size).requires_grad_()
         with torch.enable_grad():
-            step.graphs[i, m] = (x, get_gradient_edge(_layer(walk, step, i, m, x)))
+            step.graphs[i, m] = (x, get_gradient_edge(_layer(walk, step, i, m, x, inputs)))
 
-    return run
+    return walk.machine.passes.bind(m, body)
 
 
 def backward(walk: Walk, index: int, task: Task) -> Operation:
@@ -94,11 +104,11 @@ def backward(walk: Walk, index: int, task: Task) -> Operation:
         slot = walk.slot(index, "gradients", torch.float32 if accumulates else torch.bfloat16)
         walk.gradient[unit] = None if slot is None else slot[: pointed.layout.trained]
     gradient, upstream = walk.gradient[unit], walk.upstream[m]
-    place, inner = walk.machine.places[i], walk.inner.pop((i, m), None)
+    place, inner, passes = walk.machine.places[i], walk.inner.pop((i, m), None), walk.machine.passes
     last = m == walk.plan.accumulation - 1
     keeps = walk.waiting.get(unit) if place.resident and last and gradient is not None else None
 
-    def run(step: Step) -> None:
+    def body(step: Step, _: Inputs) -> None:
         shape = step.micro_batches[m].shape
         x, out = step.graphs.pop((i, m))
         pointed.collect_into(gradient, fresh=m == 0)
@@ -107,12 +117,19 @@ def backward(walk: Walk, index: int, task: Task) -> Operation:
         if inner is not None:
             again = inner.brought_back(as_hidden(source, shape, walk.spec.hidden_size), weights)
         with again:
-            torch.autograd.backward(out, upward)
+            # Replays need what a recorded forward pass has saved.
+            torch.autograd.backward(out, upward, retain_graph=passes.recording and place.inner != "recompute")
         if m == 0:
             pointed.finish_collecting()
         upward.copy_(x.grad)
-        if not last or gradient is None:
-            return
+        x.grad = None
+
+    once = passes.bind(m, body)
+    if not last or gradient is None:
+        return once
+
+    def run(step: Step) -> None:
+        once(step)
         whole = gradient
         if keeps is not None:
             whole = keeps.copy_(gradient)
@@ -138,7 +155,8 @@ def head(walk: Walk, index: int, task: Task) -> Operation:
     def run(step: Step) -> None:
         pointed.point(weights)
         pointed.collect_into(gradient, fresh=m == 0)
-        loss = _loss(walk, step, m, hidden)
+        with walk.machine.passes.memory():
+            loss = _loss(walk, step, m, hidden)
         step.losses[m].copy_(loss, non_blocking=True)
         if m == 0:
             pointed.finish_collecting()
@@ -164,3 +182,20 @@ def _loss(walk: Walk, step: Step, m: int, hidden: Tensor) -> Tensor:
             return walk.head_loss(x, labels, items)
 
     return chunked_loss(run, rows, batch.labels, step.items, walk.machine.loss_chunk)
+
+
+def loss(walk: Walk, index: int, task: Task) -> Operation:
+    """Norm, head and loss of one micro-batch, of a forward pass that no backward pass follows."""
+    m, unit = task.micro_batch, task.unit
+    pointed, weights, hidden = walk.machine.pointed[unit], walk.weights[unit], walk.hidden[walk.layers, m]
+    run_alone = loss_alone(walk.machine.parts, walk.device)
+
+    def run(step: Step) -> None:
+        batch = step.micro_batches[m]
+        pointed.point(weights)
+        rows = as_hidden(hidden, batch.shape, walk.spec.hidden_size).view(-1, walk.spec.hidden_size)
+        with walk.machine.passes.memory():
+            found = chunked_loss_alone(run_alone, rows, batch.labels, step.items, walk.machine.loss_chunk)
+        step.losses[m].copy_(found, non_blocking=True)
+
+    return run

@@ -24,9 +24,7 @@ tokens' part of the loss, a detached fp32 scalar. The gradients have gone where 
 
 def head_loss(parts: Parts, pointed: Pointed, device: torch.device) -> HeadLoss:
     """How this model's head and loss are run on a device; `pointed` are the head's modules."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    if device.type == "cuda" and parts.model.loss_function is ForCausalLMLoss:
+    if _fuses(parts, device):
         return _fused(parts, pointed)
     logits_of = parts.head()
 
@@ -38,6 +36,30 @@ def head_loss(parts: Parts, pointed: Pointed, device: torch.device) -> HeadLoss:
     return run
 
 
+def loss_alone(parts: Parts, device: torch.device) -> HeadLoss:
+    """The same without gradients, of hidden states that require none: by the same kernels, so to the same bits."""
+    logits_of = parts.head()
+    if not _fuses(parts, device):
+        return lambda x, labels, items: parts.loss(logits_of(x.unsqueeze(0)), labels, items)
+
+    from slidetune.runtime.cross_entropy_triton import cross_entropy_in_place
+
+    def run(x: Tensor, labels: Tensor, items: int) -> Tensor:
+        logits = logits_of(x.unsqueeze(0))
+        return cross_entropy_in_place(logits.view(-1, logits.shape[-1]), labels, 1.0 / items).sum()
+
+    return run
+
+
+def chunked_loss_alone(run: HeadLoss, hidden: Tensor, labels: Tensor, items: int, chunk_tokens: int) -> Tensor:
+    """`chunked_loss` without gradients; `hidden` stays as it is."""
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    with torch.no_grad():
+        for part, wanted in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
+            total += run(part, wanted, items)
+    return total
+
+
 def chunked_loss(run: HeadLoss, hidden: Tensor, labels: Tensor, items: int, chunk_tokens: int) -> Tensor:
     """The sum over chunks of tokens; fp32 scalar. `hidden`: bf16 [tokens, width]; receives its own gradient."""
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -47,6 +69,12 @@ def chunked_loss(run: HeadLoss, hidden: Tensor, labels: Tensor, items: int, chun
             total += run(x, wanted, items)
         part.copy_(x.grad)
     return total
+
+
+def _fuses(parts: Parts, device: torch.device) -> bool:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    return device.type == "cuda" and parts.model.loss_function is ForCausalLMLoss
 
 
 def _fused(parts: Parts, pointed: Pointed) -> HeadLoss:

@@ -1,14 +1,15 @@
 """Lanes: one worker thread each, and on CUDA one stream each for the GPU's and the link's lanes.
 
 A lane runs its tasks in the schedule's order, step after step. Steps may overlap: a step is submitted while lanes
-still work on the one before.
+still work on the one before. Other schedules may be run by the same lanes, on the same threads and streams and so
+within the same memory: a `Course` each. Steps of two courses never overlap.
 
 What "finished" means depends on who asks. On a stream a task is *passed* once it has been launched and its event
 recorded; another stream waits for the event, so launching never waits for the GPU. A host-side lane (Adam, NVMe)
 waits for the event itself, since it touches memory the stream writes. On the CPU every lane is host-side.
 
-Invariants: `passed` of a lane only grows; a task runs once all it waits for has passed; after a failure or a stop no
-further task starts, and every wait ends.
+Invariants: `passed` of a lane only grows while its course is followed; a task runs once all it waits for has passed;
+after a failure or a stop no further task starts, and every wait ends.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,18 +51,16 @@ class _Stopped(Exception):
 
 
 class _Lane:
-    """A lane's queue and how far it has come. `passed` counts tasks since the first step."""
+    """A lane's queue and how far it has come. `passed` counts tasks since the course's first step."""
 
-    def __init__(self, name: str, tasks: list[int], device: torch.device) -> None:
+    def __init__(self, name: str, tasks: list[int], stream: Any) -> None:
         self.name, self.tasks, self.count = name, tasks, len(tasks)
         self.passed = 0
         self.moved = threading.Condition()
         self.waits: list[list[tuple[_Lane, int]]] = []
         # Farthest point of each other lane this one has waited for already: streams are ordered.
         self.seen: dict[str, int] = {}
-        self.stream: Any = None
-        if device.type == "cuda" and name in STREAM_LANES:
-            self.stream = torch.cuda.Stream(device)
+        self.stream = stream
         # Events of the tasks that other lanes, or the caller, wait for; two sets, since an event is recorded anew only
         # two steps later.
         self.events: dict[int, Any] = {}
@@ -75,6 +74,66 @@ class _Lane:
     def event(self, passed: int) -> Any:
         """The event of the task that made `passed` so large, None if nobody was to wait for it."""
         return self.events.get((passed - 1) % (2 * self.count))
+
+
+class Course:
+    """A schedule as the lanes run it: each lane's queue and what its tasks wait for."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        operations: Sequence[Callable[[Step], None]],
+        streams: Mapping[str, Any],
+        awaited: Sequence[int],
+    ) -> None:
+        self.schedule, self.operations = schedule, operations
+        self.lanes = {
+            name: _Lane(name, tasks, streams.get(name)) for name, tasks in schedule.lane_tasks().items() if tasks
+        }
+        self.submitted = 0
+        """Steps since the lanes turned to it."""
+        self.place = {
+            task: (lane, position) for lane in self.lanes.values() for position, task in enumerate(lane.tasks)
+        }
+        for lane in self.lanes.values():
+            lane.waits = [self._waits(lane, task) for task in lane.tasks]
+        for lane in self.lanes.values():
+            lane.watch(lane.count - 1)
+            for other, offset in (wait for waits in lane.waits for wait in waits):
+                other.watch((offset - 1) % other.count)
+        for task in awaited:
+            lane, position = self.place[task]
+            lane.watch(position)
+
+    def begin(self) -> None:
+        """Count from the start again; all that was submitted must have finished."""
+        self.submitted = 0
+        for lane in self.lanes.values():
+            lane.passed = 0
+            lane.seen.clear()
+
+    def describe(self, task: int) -> str:
+        """A task in words: "adam of unit 3, chunk 1"."""
+        found = self.schedule.tasks[task]
+        words = f"{found.work.op} of unit {found.unit}"
+        if found.micro_batch >= 0:
+            words += f", micro-batch {found.micro_batch}"
+        if found.chunk >= 0:
+            words += f", chunk {found.chunk}"
+        return words
+
+    def _waits(self, lane: _Lane, task: int) -> list[tuple[_Lane, int]]:
+        """Per other lane, how far it must have come: the last of the tasks waited for, since lanes are in order.
+        Counted from the start of the step; 0 or less is in the step before."""
+        farthest: dict[str, int] = {}
+        found = self.schedule.tasks[task]
+        for deps, back in ((found.after, 0), (found.after_previous, 1)):
+            for dep in deps:
+                other, position = self.place[dep]
+                if other is not lane:
+                    offset = position + 1 - back * other.count
+                    farthest[other.name] = max(farthest.get(other.name, offset), offset)
+        return [(self.lanes[name], offset) for name, offset in farthest.items()]
 
 
 class Lanes:
@@ -92,49 +151,64 @@ class Lanes:
         awaited: Sequence[int] = (),
     ) -> None:
         """`awaited`: tasks that `wait` will be called for; each lane's last one always is."""
-        self.schedule, self.operations, self.device = schedule, operations, device
-        lane_tasks = schedule.lane_tasks()
-        self.lanes = {name: _Lane(name, tasks, device) for name, tasks in lane_tasks.items() if tasks}
+        self.device = device
+        on_streams = STREAM_LANES if device.type == "cuda" else ()
+        self._streams = {name: torch.cuda.Stream(device) for name in on_streams}
         self.failure: TaskFailed | None = None
         self._stopping = False
-        self._steps: list[Step] = []
+        self._courses = [Course(schedule, operations, self._streams, awaited)]
+        self._course = self._courses[0]
+        # Each step with its course and its number in it.
+        self._steps: list[tuple[Course, int, Step]] = []
         self._clock: tuple[Any, float] = (None, 0.0)
         self._forgotten = 0
+        # Per lane, how many steps it has left behind, of all courses.
+        self._left = dict.fromkeys(self._course.lanes, 0)
         self._submitted = threading.Condition()
-        self._place = {
-            task: (lane, position) for lane in self.lanes.values() for position, task in enumerate(lane.tasks)
-        }
-        for lane in self.lanes.values():
-            lane.waits = [self._waits(lane, task) for task in lane.tasks]
-        for lane in self.lanes.values():
-            lane.watch(lane.count - 1)
-            for other, offset in (wait for waits in lane.waits for wait in waits):
-                other.watch((offset - 1) % other.count)
-        for task in awaited:
-            lane, position = self._place[task]
-            lane.watch(position)
         self._intra_op_threads = torch.get_num_threads()
         self._threads = [
-            threading.Thread(target=self._work, args=(lane,), name=f"slidetune {name}", daemon=True)
-            for name, lane in self.lanes.items()
+            threading.Thread(target=self._work, args=(name,), name=f"slidetune {name}", daemon=True)
+            for name in self._course.lanes
         ]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, step: Step) -> int:
-        """Queue a step; returns its sequence number. Raises TaskFailed if a task has failed before."""
+    def add(
+        self, schedule: Schedule, operations: Sequence[Callable[[Step], None]], awaited: Sequence[int] = ()
+    ) -> Course:
+        """Another schedule for steps to follow; it may use the lanes that the first one uses."""
+        course = Course(schedule, operations, self._streams, awaited)
+        foreign = course.lanes.keys() - self._courses[0].lanes.keys()
+        if foreign:
+            raise ValueError(f"no such lanes: {', '.join(sorted(foreign))}")
+        self._courses.append(course)
+        return course
+
+    def submit(self, step: Step, course: Course | None = None) -> int:
+        """Queue a step of a course, the first one if none is said; returns its sequence number in it.
+
+        Waits for all steps before it where they were of another course: their tasks don't wait for each other. Raises
+        TaskFailed if a task has failed before.
+        """
+        course = course or self._courses[0]
         self._raise_failure()
         if self._stopping:
             raise SlidetuneError("the lanes have stopped; no further step can run.")
+        if course is not self._course:
+            self.drain()
+            course.begin()
+            self._course = course
         with self._submitted:
-            self._steps.append(step)
+            sequence, course.submitted = course.submitted, course.submitted + 1
+            self._steps.append((course, sequence, step))
             self._forget_old()
             self._submitted.notify_all()
-            return self._forgotten + len(self._steps) - 1
+            return sequence
 
     def wait(self, sequence: int, task: int) -> None:
-        """Wait until a task of a step has finished. Raises TaskFailed as soon as any task of any lane has failed."""
-        lane, position = self._place[task]
+        """Wait until a task of a step has finished, one of the course that was last submitted to. Raises TaskFailed as
+        soon as any task of any lane has failed."""
+        lane, position = self._course.place[task]
         target = sequence * lane.count + position + 1
         try:
             self._await(lane, target)
@@ -146,8 +220,8 @@ class Lanes:
 
     def drain(self) -> None:
         """Wait until everything submitted has finished. Raises TaskFailed as `wait` does."""
-        last = self._forgotten + len(self._steps) - 1
-        for lane in self.lanes.values():
+        last = self._course.submitted - 1
+        for lane in self._course.lanes.values():
             if last >= 0:
                 self.wait(last, lane.tasks[-1])
 
@@ -162,6 +236,12 @@ class Lanes:
             # The garbage collector may drop a trainer in any thread, one of these included.
             if thread is not threading.current_thread():
                 thread.join()
+
+    def let_go(self) -> None:
+        """Stop for good, and drop the operations with all that they hold."""
+        self.stop()
+        for course in self._courses:
+            course.operations = ()
 
     def _seconds(self, moment: Any) -> float:
         if isinstance(moment, float):
@@ -178,34 +258,35 @@ class Lanes:
 
     # ---- workers ------------------------------------------------------------------------------------------
 
-    def _work(self, lane: _Lane) -> None:
+    def _work(self, name: str) -> None:
         with contextlib.ExitStack() as stack:
-            task = lane.tasks[0]
+            course = self._courses[0]
+            task = course.lanes[name].tasks[0]
             try:
                 # A new thread has its own setting; results must not depend on which thread computes.
                 torch.set_num_threads(self._intra_op_threads)
                 # Backward passes run in this thread: handing each to autograd's own and back is two wake-ups, and those
                 # take milliseconds where Adam keeps the cores busy.
                 torch.autograd.set_multithreading_enabled(False)
-                if lane.stream is not None:
-                    stack.enter_context(torch.cuda.stream(lane.stream))
-                sequence = 0
+                if name in self._streams:
+                    stack.enter_context(torch.cuda.stream(self._streams[name]))
                 while True:
-                    step = self._step(sequence)
-                    for position, task in enumerate(lane.tasks):
+                    course, sequence, step = self._next(name)
+                    lane = course.lanes.get(name)
+                    for position, task in enumerate(lane.tasks if lane else ()):
                         self._wait_for_others(lane, position, sequence)
-                        self._run(lane, task, step)
-                    sequence += 1
+                        self._run(course, lane, task, step)
+                    self._left[name] += 1
             except _Stopped:
                 pass
             except BaseException as error:
-                self._fail(lane, task, error)
+                self._fail(name, course.describe(task), error)
 
-    def _run(self, lane: _Lane, task: int, step: Step) -> None:
+    def _run(self, course: Course, lane: _Lane, task: int, step: Step) -> None:
         times = step.times
         if lane.stream is None:
             start = time.perf_counter()
-            self.operations[task](step)
+            course.operations[task](step)
             if times is not None:
                 times[task] = (start, time.perf_counter())
         else:
@@ -213,7 +294,7 @@ class Lanes:
             if times is not None:
                 start = torch.cuda.Event(enable_timing=True)
                 start.record(lane.stream)
-            self.operations[task](step)
+            course.operations[task](step)
             if times is not None:
                 # Before the event that others wait for: an idle stream would date it when the host comes to it.
                 end = torch.cuda.Event(enable_timing=True)
@@ -226,13 +307,14 @@ class Lanes:
             lane.passed += 1
             lane.moved.notify_all()
 
-    def _step(self, sequence: int) -> Step:
+    def _next(self, name: str) -> tuple[Course, int, Step]:
+        """The step that a lane has come to."""
         with self._submitted:
-            while sequence >= self._forgotten + len(self._steps):
+            while self._left[name] >= self._forgotten + len(self._steps):
                 if self._stopping:
                     raise _Stopped
                 self._submitted.wait()
-            return self._steps[sequence - self._forgotten]
+            return self._steps[self._left[name] - self._forgotten]
 
     def _wait_for_others(self, lane: _Lane, position: int, sequence: int) -> None:
         for other, offset in lane.waits[position]:
@@ -257,31 +339,19 @@ class Lanes:
                     raise _Stopped
                 lane.moved.wait()
 
-    def _waits(self, lane: _Lane, task: int) -> list[tuple[_Lane, int]]:
-        """Per other lane, how far it must have come: the last of the tasks waited for, since lanes are in order.
-        Counted from the start of the step; 0 or less is in the step before."""
-        farthest: dict[str, int] = {}
-        found = self.schedule.tasks[task]
-        for deps, back in ((found.after, 0), (found.after_previous, 1)):
-            for dep in deps:
-                other, position = self._place[dep]
-                if other is not lane:
-                    offset = position + 1 - back * other.count
-                    farthest[other.name] = max(farthest.get(other.name, offset), offset)
-        return [(self.lanes[name], offset) for name, offset in farthest.items()]
-
     # ---- ends ---------------------------------------------------------------------------------------------
 
-    def _fail(self, lane: _Lane, task: int, error: BaseException) -> None:
+    def _fail(self, lane: str, task: str, error: BaseException) -> None:
         if self.failure is None:
-            failure = TaskFailed(lane.name, self.describe(task), error)
+            failure = TaskFailed(lane, task, error)
             failure.__cause__ = error
             self.failure = failure
         self._halt()
 
     def _halt(self) -> None:
         self._stopping = True
-        for condition in (self._submitted, *(lane.moved for lane in self.lanes.values())):
+        lanes = [lane for course in self._courses for lane in course.lanes.values()]
+        for condition in (self._submitted, *(lane.moved for lane in lanes)):
             with condition:
                 condition.notify_all()
 
@@ -292,17 +362,7 @@ class Lanes:
 
     def _forget_old(self) -> None:
         """Let go of steps that every lane has left behind, but for two: their GPU work may still be under way."""
-        done = min(lane.passed // lane.count for lane in self.lanes.values())
+        done = min(self._left.values())
         while self._forgotten < done and len(self._steps) > 2:
             self._steps.pop(0)
             self._forgotten += 1
-
-    def describe(self, task: int) -> str:
-        """A task in words: "adam of unit 3, chunk 1"."""
-        found = self.schedule.tasks[task]
-        words = f"{found.work.op} of unit {found.unit}"
-        if found.micro_batch >= 0:
-            words += f", micro-batch {found.micro_batch}"
-        if found.chunk >= 0:
-            words += f", chunk {found.chunk}"
-        return words

@@ -6,12 +6,13 @@ them with. Each measurement belongs to a task of the schedule, so that the simul
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,10 +20,11 @@ from torch import Tensor
 from slidetune.builder import build
 from slidetune.gpu_time import gpu_seconds
 from slidetune.hardware import Gpu, KernelTime
-from slidetune.plans import Plan
+from slidetune.plans import Plan, Recompute, captured
 from slidetune.runtime import batches
 from slidetune.runtime.adam import AdamW
 from slidetune.runtime.binding import Call, Parts
+from slidetune.runtime.captured import recorder
 from slidetune.runtime.counted_spec import spec_of
 from slidetune.runtime.gpu_tasks import layer_output
 from slidetune.runtime.head_loss import chunked_loss, head_loss
@@ -109,6 +111,7 @@ def measure_kernels(
     if device.type == "cuda":
         progress(0, len(grid))
         _heat(device)
+    stream = torch.cuda.stream(torch.cuda.Stream(device)) if cuda else contextlib.nullcontext()
     deadline = time.perf_counter() + seconds
     found: list[KernelTime] = []
     for done, point in enumerate(grid):
@@ -116,8 +119,8 @@ def measure_kernels(
         if time.perf_counter() > deadline:
             break
         try:
-            # In this thread, as lanes do it.
-            with torch.autograd.set_multithreading_enabled(False):
+            # In this thread and on a stream, as lanes do it.
+            with torch.autograd.set_multithreading_enabled(False), stream:
                 found += bench.measure(point)
         except torch.OutOfMemoryError:
             continue
@@ -165,19 +168,26 @@ class _Bench:
             micro_batch=point.micro_batch,
             accumulation=point.accumulation,
         )
-        schedule = build(self.spec, plan, self.kernels)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self.spec.vocab_size, (point.micro_batch, point.seq_len), generator=generator)
         calls, _ = self.parts.record_calls(self.device, {"input_ids": ids.to(self.device)})
         labels = batches.shifted(ids).flatten().to(self.device)
-        found = []
-        for unit, works in _kinds(schedule).items():
+        found, layers = [], {}
+        for unit, works in _kinds(build(self.spec, plan, self.kernels)).items():
             if unit == self.spec.head.index:
                 timed = self._head(point, labels)
             else:
-                timed = self._layer(unit, point, calls[unit - 1])
-            for op, work in works.items():
-                found.append(self._time(point, work, timed[op]))
+                timed = layers[unit] = self._layer(unit, point, calls[unit - 1], captured(plan, self.spec))
+            found += [self._time(point, work, timed[op]) for op, work in works.items()]
+        if not captured(plan, self.spec):
+            return found
+        # Where inner activations are offloaded, passes run as they are; on the CPU they do anyway.
+        plan = replace(plan, recompute=Recompute(offload=1))
+        for unit, works in _kinds(build(self.spec, plan, self.kernels)).items():
+            if unit != self.spec.head.index:
+                again = self.device.type == "cuda" or unit not in layers
+                timed = self._layer(unit, point, calls[unit - 1], False) if again else layers[unit]
+                found += [self._time(point, work, timed[op]) for op, work in works.items()]
         return found
 
     def _time(self, point: Point, work: Work, seconds: list[float]) -> KernelTime:
@@ -197,7 +207,7 @@ class _Bench:
             model_s=float(f"{gpu_seconds(work, self.gpu):.6g}"),
         )
 
-    def _layer(self, unit: int, point: Point, call: Call) -> dict[str, list[float]]:
+    def _layer(self, unit: int, point: Point, call: Call, recorded: bool) -> dict[str, list[float]]:
         layer, pointed = self.parts.layers[unit - 1], self.pointed[unit]
         shape = (point.micro_batch, point.seq_len, self.spec.hidden_size)
         source, target, upward = (torch.randn(shape, device=self.device, dtype=torch.bfloat16) for _ in range(3))
@@ -222,6 +232,7 @@ class _Bench:
             pointed.collect_into(gradient, fresh=fresh)
             torch.autograd.backward(edge, upward)
             upward.copy_(x.grad)
+            x.grad = None
             if sums and last:
                 round_in_place(gradient)
 
@@ -230,7 +241,7 @@ class _Bench:
             # The first gradient is written, the others are added: one of each.
             actions["recompute 2"] = recompute
             actions["backward 2"] = lambda: backward(fresh=False, last=True)
-        timed = self._timed(actions)
+        timed = self._timed(actions, recorded=recorded)
         if sums:
             first, second = timed["backward"], timed.pop("backward 2")
             timed["backward"] = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
@@ -258,9 +269,13 @@ class _Bench:
     def _empty(self, count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, device=self.device, dtype=dtype)
 
-    def _timed(self, actions: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-        """Seconds of each action while all follow one another several times."""
+    def _timed(self, actions: dict[str, Callable[[], None]], *, recorded: bool = False) -> dict[str, list[float]]:
+        """Seconds of each action while all follow one another several times; `recorded` as training does it."""
         seconds = warm_up(lambda: self._rounds(actions, 1)[0])
+        if recorded and self.device.type == "cuda":
+            record = recorder(torch.cuda.graph_pool_handle())
+            actions = {name: record(action) for name, action in actions.items()}
+            seconds = sum(self._rounds(actions, 2)[1])
         rounds = self._rounds(actions, 4 + int(min(20, 0.5 / max(seconds, 1e-6))))
         return dict(zip(actions, map(list, zip(*rounds, strict=True)), strict=True))
 

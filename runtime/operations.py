@@ -42,6 +42,7 @@ _BINDERS = {
     ("recompute", GPU): gpu_tasks.recompute,
     ("backward", GPU): gpu_tasks.backward,
     ("head", GPU): gpu_tasks.head,
+    ("loss", GPU): gpu_tasks.loss,
     ("adam", GPU): update_tasks.adam_gpu,
     ("save", D2H): transfer_tasks.save,
     ("save inner", D2H): transfer_tasks.save_inner,

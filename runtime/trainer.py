@@ -29,14 +29,16 @@ from slidetune.errors import DoesNotFit, SlidetuneError
 from slidetune.model import ModelSpec, with_frozen
 from slidetune.models import in_catalog, load_model
 from slidetune.plan_file import read_plan
-from slidetune.plans import Placement, Plan, place_layers
+from slidetune.plans import Placement, Plan, captured, place_layers
 from slidetune.runtime import arena, batches, clipping
 from slidetune.runtime.adam import AdamW
 from slidetune.runtime.binding import Parts
+from slidetune.runtime.captured import Passes, cuda_passes
 from slidetune.runtime.counted_spec import spec_of
+from slidetune.runtime.evaluation import Evaluation
 from slidetune.runtime.gpu_adam import check_gpu_adam
 from slidetune.runtime.kernels import apply_kernels, choose_kernels
-from slidetune.runtime.lanes import Lanes
+from slidetune.runtime.lanes import Course, Lanes
 from slidetune.runtime.layout import Layout
 from slidetune.runtime.loading import FromModel, FromSafetensors, RandomWeights, Source
 from slidetune.runtime.masters import Master, OnDrive, place_masters, unit_weights, write_master
@@ -137,6 +139,7 @@ class SlidingTrainer:
         self._lanes: Lanes | None = None
         self._dropped: weakref.finalize | None = None
         self._closed = False
+        self._evaluation: Evaluation | None = None
         self._directory = None if isinstance(model, nn.Module) else _directory(model)
         ref, model = model, _causal_model(model) if isinstance(model, nn.Module) else skeleton(model)
         whole = spec_of(model, plan.model)
@@ -198,12 +201,7 @@ class SlidingTrainer:
         if not _is_rate(lr_scale):
             raise SlidetuneError(f"lr_scale must be a finite number of at least 0, not {lr_scale!r}.")
         tensors = batches.checked(batch, self.plan, self.spec.vocab_size, self.spec.max_seq_len)
-        micro, rows, items = batches.micro_batches(tensors, self.plan, self.parts, self.device)
-        step = self._new_step(micro_batches=micro, rows=rows, items=items, lr_scale=lr_scale)
-        step.losses = torch.full((len(micro),), math.nan, pin_memory=self.device.type == "cuda")
-        if self.device.type == "cuda":
-            step.prepared = torch.cuda.Event()
-            step.prepared.record()
+        step = self._new_step(**self._taken_apart(tensors), lr_scale=lr_scale)
         sequence = self._submit(step)
         # This step applies what was owed; it owes nothing itself unless its loss is good.
         self._last, self._owed = step, None
@@ -214,20 +212,39 @@ class SlidingTrainer:
                 f"step {step.number}: the loss is {loss}. The step was refused: the weights are as before it.",
                 "Lower the learning rate, or look at this batch.",
             )
-        if step.owed is not None and step.owed.refused:
-            warnings.warn(
-                f"step {step.owed.number}: its gradients are not finite. Its update was refused.", stacklevel=2
-            )
+        _warn_if_refused(step.owed)
         self.updates += 1
         self._owed = step
         self._check_cap()
         return loss
 
+    def evaluate(self, batch: Mapping[str, Any]) -> float:
+        """Mean loss a label of a batch by the weights after the last step's update, whose end it waits for.
+
+        Forward only, without dropout, in the memory that training has. Without dropout in the model it is, bit for bit,
+        the loss that `step` would return for this batch. Nothing is trained: steps after it give what they would have
+        given without it. So a loss that is not finite harms nothing, and is returned as it is. `batch`: as for `step`.
+
+        Raises:
+            TaskFailed: a task failed, in this pass or in what was left of the last step. The trainer has stopped.
+            SlidetuneError: for a batch that doesn't fit the plan.
+        """
+        self._check_open()
+        tensors = batches.checked(batch, self.plan, self.spec.vocab_size, self.spec.max_seq_len)
+        self.finish()
+        if self._evaluation is None:
+            self._evaluation = Evaluation(self._operations.machine, self.kernels, self._lanes)
+        with self._evaluation.without_dropout():
+            step = Step(number=self.steps, **self._taken_apart(tensors))
+            self._wait(self._submit(step, self._evaluation.course), self._evaluation.last_task)
+        return float(step.losses.sum())
+
     def finish(self) -> None:
         """Wait until the last step's update is complete, the late parts included. Training may go on after it."""
         if self._closed or self._lanes is None:
             return
-        if self._owed is not None:
+        owed = self._owed
+        if owed is not None:
             self._submit(self._new_step())
             self._owed = None
         try:
@@ -235,6 +252,7 @@ class SlidingTrainer:
         except BaseException:
             self._lanes.stop()
             raise
+        _warn_if_refused(owed)
 
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """All parameters by their names in the model, on the host: the fp32 masters, or rounded to `dtype`."""
@@ -320,8 +338,7 @@ class SlidingTrainer:
         if self._dropped is not None:
             self._dropped.detach()
         if self._lanes is not None:
-            self._lanes.stop()
-            self._lanes.operations = ()
+            self._lanes.let_go()
         if self.device.type == "cuda":
             # After a device error this raises it once more: the first one is what the caller should see.
             with contextlib.suppress(RuntimeError):
@@ -332,7 +349,7 @@ class SlidingTrainer:
             if pointed is not None:
                 pointed.release()
         self._masters = []
-        self._operations = self._last = self._owed = None
+        self._operations = self._evaluation = self._last = self._owed = None
         if self._pools is not None:
             self._pools.close()
         if self._nvme is not None:
@@ -371,9 +388,19 @@ class SlidingTrainer:
             self._recorded.append(Recorded(step.number, step.times))
         return step
 
-    def _submit(self, step: Step) -> int:
+    def _taken_apart(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What a Step knows of its batch, and a place for its losses."""
+        micro, rows, items = batches.micro_batches(tensors, self.plan, self.parts, self.device)
+        on_cuda = self.device.type == "cuda"
+        prepared = torch.cuda.Event() if on_cuda else None
+        if on_cuda:
+            prepared.record()
+        losses = torch.full((len(micro),), math.nan, pin_memory=on_cuda)
+        return {"micro_batches": micro, "rows": rows, "items": items, "losses": losses, "prepared": prepared}
+
+    def _submit(self, step: Step, course: Course | None = None) -> int:
         try:
-            return self._lanes.submit(step)
+            return self._lanes.submit(step, course)
         except BaseException:
             self._lanes.stop()
             raise
@@ -476,6 +503,7 @@ class SlidingTrainer:
             masters=self._masters,
             tables=self._tables(layouts[0]),
             randomness=self._randomness,
+            passes=self._passes(),
             nvme=self._nvme,
             inputs_at=inputs_at,
             loss_chunk=loss_chunk or spec.loss_chunk_tokens(tokens),
@@ -492,6 +520,11 @@ class SlidingTrainer:
             # What was written here must be there for the lanes' streams.
             torch.cuda.synchronize(self.device)
         self._lanes = Lanes(self.schedule, self._operations.run, self.device, awaited=[self._head_task])
+
+    def _passes(self) -> Passes:
+        """How passes of layers run. Random numbers are seeded pass by pass, which a recorded one can't be."""
+        recorded = captured(self.plan, self.spec) and self.device.type == "cuda" and not self._randomness.active
+        return cuda_passes(self.device) if recorded else Passes()
 
     def _tables(self, layout: Layout) -> RowTables:
         master = self._masters[0]
@@ -553,6 +586,12 @@ def _causal_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def _warn_if_refused(step: Step | None) -> None:
+    """Tell the caller's caller of a step whose gradients clipping has found not to be finite."""
+    if step is not None and step.refused:
+        warnings.warn(f"step {step.number}: its gradients are not finite. Its update was refused.", stacklevel=3)
+
+
 def _is_rate(value: object) -> bool:
     return isinstance(value, SupportsFloat) and math.isfinite(float(value)) and float(value) >= 0
 
@@ -569,8 +608,7 @@ def _check_rates(units: list[UnitLayout]) -> None:
 
 def _let_go(lanes: Lanes, pools: Pools, nvme: NvmeFile | None) -> None:
     """End the threads and give memory and files back."""
-    lanes.stop()
-    lanes.operations = ()
+    lanes.let_go()
     pools.close()
     if nvme is not None:
         nvme.close()

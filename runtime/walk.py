@@ -17,6 +17,7 @@ from torch import Tensor
 from slidetune.model import ModelSpec
 from slidetune.plans import Placement, Plan, late_units
 from slidetune.runtime.binding import Parts
+from slidetune.runtime.captured import Passes
 from slidetune.runtime.embedding import HostEmbedding
 from slidetune.runtime.head_loss import head_loss
 from slidetune.runtime.masters import Master
@@ -49,6 +50,7 @@ class Machine:
     """By unit."""
     tables: RowTables
     randomness: Randomness
+    passes: Passes
     nvme: Any = None
     inputs_at: dict[tuple[int, int], int] | None = None
     """Where in the NVMe file saved inputs go, by layer and micro-batch."""

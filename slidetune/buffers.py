@@ -15,7 +15,7 @@ from slidetune.model import (
     ModelSpec,
     Unit,
 )
-from slidetune.plans import Plan, late_units, place_layers
+from slidetune.plans import Plan, captured, late_units, place_layers
 from slidetune.schedule import Pool
 
 # Saved inputs on their way up: one in use, one arriving.
@@ -100,8 +100,10 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("weights (NVMe)", 1, BF16_BYTES * held.whole_on_nvme),
         ("saved inputs (NVMe)", plan.activations.nvme * micro_batches, hidden),
     ]
+    # Memory that replays write to is theirs for good.
+    transient = () if captured(plan, model) else (KEPT,)
     return [
-        Pool(name=name, tier=tier, slots=slots, slot_bytes=slot_bytes, page_locked=locked, transient=name == KEPT)
+        Pool(name=name, tier=tier, slots=slots, slot_bytes=slot_bytes, page_locked=locked, transient=name in transient)
         for tier, locked, rows in (
             ("gpu", False, gpu),
             ("ram", True, page_locked),
@@ -140,6 +142,14 @@ def head_working_bytes(model: ModelSpec, plan: Plan, kernels: str) -> int:
     # Norm, head and loss of one chunk; the gradient of its hidden states is made beside them.
     per_token = costs.saved_bytes + costs.backward_bytes + BF16_BYTES * model.hidden_size
     return model.loss_working_bytes(tokens) + per_token * model.loss_chunk_tokens(tokens)
+
+
+def loss_working_bytes(model: ModelSpec, plan: Plan, kernels: str) -> int:
+    """The same of final norm, head and chunked loss where no backward pass follows."""
+    tokens = plan.micro_batch * plan.seq_len
+    return model.loss_working_bytes(tokens) + model.head.kernels(kernels).forward_bytes * model.loss_chunk_tokens(
+        tokens
+    )
 
 
 def working_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> int:

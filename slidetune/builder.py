@@ -1,14 +1,14 @@
 """The one function that says what a step is: `build(model, plan)` gives its Schedule.
 
 The order in which tasks are emitted is the order in which every lane runs its own. Reading `_Step.build` from
-top to bottom is reading an optimizer step.
+top to bottom is reading an optimizer step. `build_forward` gives an evaluation's: the step's forward pass alone.
 """
 
 from __future__ import annotations
 
 from slidetune import buffers
-from slidetune.model import BF16_BYTES, OPTIMIZER_BYTES_PER_PARAM, STATE_BYTES_PER_PARAM, ModelSpec, Unit
-from slidetune.plans import Placement, Plan, check, late_units, place_layers
+from slidetune.model import BF16_BYTES, OPTIMIZER_BYTES_PER_PARAM, STATE_BYTES_PER_PARAM, ModelSpec, Unit, untrained
+from slidetune.plans import Placement, Plan, captured, check, kept_nothing, late_units, place_layers
 from slidetune.schedule import (
     CPU_ADAM,
     D2H,
@@ -18,6 +18,7 @@ from slidetune.schedule import (
     NVME_READ,
     NVME_WRITE,
     Hold,
+    Pool,
     Schedule,
     Task,
     Work,
@@ -43,7 +44,19 @@ def build(model: ModelSpec, plan: Plan, kernels: str = "eager") -> Schedule:
     SlidetuneError, naming every fault, when plan and model don't agree.
     """
     check(plan, model)
-    return _Step(model, plan, kernels).build()
+    return _Step(model, plan, kernels, buffers.pools(model, plan, kernels)).build()
+
+
+def build_forward(model: ModelSpec, plan: Plan, kernels: str = "eager") -> Schedule:
+    """The schedule of a forward pass and its mean loss, of a step's batch: what an evaluation of `plan` runs.
+
+    It lies in the plan's own buffers, and takes no others; those of training stay allocated. One such pass begins when
+    the loss of the one before is known. Raises SlidetuneError as `build` does.
+    """
+    check(plan, model)
+    # What autograd would keep is not there.
+    pools = [pool for pool in buffers.pools(model, plan, kernels) if not pool.transient]
+    return _Forward(untrained(model), plan, kernels, pools).build()
 
 
 def distinct_rows(tokens: int, vocab_size: int) -> int:
@@ -75,12 +88,14 @@ class _Held:
 
 
 class _Step:
-    def __init__(self, model: ModelSpec, plan: Plan, kernels: str) -> None:
-        self.model, self.plan, self.kernels = model, plan, kernels
+    def __init__(self, model: ModelSpec, plan: Plan, kernels: str, pools: list[Pool]) -> None:
+        self.model, self.plan, self.kernels, self.pools = model, plan, kernels, pools
+        self.name: str = plan.update
         self.layers = model.layers
         self.placements = place_layers(plan, len(self.layers))
         self.micro_batches = range(plan.accumulation)
         self.prefetch = min(plan.prefetch, len(self.layers))
+        self.captured = captured(plan, model)
         self.hidden_bytes = model.hidden_bytes(plan.micro_batch, plan.seq_len)
         # Layers from here on are still in their slots when the backward pass comes for them.
         sliding = [i for i, p in enumerate(self.placements) if p.weights != "gpu"]
@@ -94,7 +109,6 @@ class _Step:
         self.tied = model.tied and self.trains_rows
         self.touched = distinct_rows(plan.tokens, model.vocab_size) / model.vocab_size
 
-        self.pools = buffers.pools(model, plan, kernels)
         self.slots = {pool.name: _Slots(i, pool.slots) for i, pool in enumerate(self.pools)}
         self.tasks: list[Task] = []
         self.holds: list[Hold] = []
@@ -115,13 +129,7 @@ class _Step:
 
     def build(self) -> Schedule:
         count = len(self.layers)
-        self._visit()
-        self._gather()
-        for ahead in range(self.prefetch):
-            self._bring(ahead)
-        for i in range(count):
-            self._visit()
-            self._forward_layer(i)
+        self._forward()
         self._visit()
         self._head()
         for m in self.micro_batches:
@@ -133,6 +141,16 @@ class _Step:
         self._visit()
         self._scatter()
         return self._finished()
+
+    def _forward(self) -> None:
+        """The embedding's rows and all layers."""
+        self._visit()
+        self._gather()
+        for ahead in range(self.prefetch):
+            self._bring(ahead)
+        for i in range(len(self.layers)):
+            self._visit()
+            self._forward_layer(i)
 
     def _gather(self) -> None:
         """Embedding rows go up, micro-batch by micro-batch: rows, never the matrix.
@@ -169,7 +187,7 @@ class _Step:
             GPU,
             flops=unit.forward_flops(plan.micro_batch, plan.seq_len),
             traffic_bytes=self._traffic(unit),
-            launches=unit.kernels(self.kernels).launches,
+            launches=self._launches(unit),
             working_bytes=buffers.forward_working_bytes(unit, plan, self.kernels, kept=place.inner != "recompute"),
         )
         for m in self.micro_batches:
@@ -181,14 +199,19 @@ class _Step:
             task = self._emit(work, unit.index, (source, *ready, *target[2], *(inner[2] if inner else ())), m)
             self.inputs[i + 1, m] = (task, self._own(target, task))
             readers = (task,)
-            if place.saved_input != "gpu":
+            if place.saved_input in ("ram", "nvme"):
                 readers += (self._save_input(i, m, source),)
+            if place.saved_input != "gpu":
                 self._release(held, *readers)
             if inner:
                 self._keep_inner(i, m, task, self._own(inner, task))
         if slot is not None and i not in self.turnaround:
             self._release(slot, task)
             del self.weights[i]
+
+    def _launches(self, unit: Unit, for_each: float = 1.0) -> int:
+        """Launches of a layer's pass, `for_each` of the forward pass's kernels so many."""
+        return 1 if self.captured else round(for_each * unit.kernels(self.kernels).launches)
 
     def _head(self) -> None:
         """Final norm, head, chunked loss: forward and backward at once, so full logits never exist."""
@@ -233,13 +256,12 @@ class _Step:
         ready, slot = self._ready_weights(i)
         gradient = self._take("gradients") if unit.params else None
         recomputed = place.inner == "recompute"
-        costs = unit.kernels(self.kernels)
         again = self._work(
             "recompute",
             GPU,
             flops=unit.forward_flops(plan.micro_batch, plan.seq_len),
             traffic_bytes=self._traffic(unit),
-            launches=costs.launches,
+            launches=self._launches(unit),
             working_bytes=buffers.recompute_working_bytes(unit, plan, self.kernels),
         )
         work = self._work(
@@ -248,7 +270,7 @@ class _Step:
             flops=unit.backward_flops(plan.micro_batch, plan.seq_len),
             traffic_bytes=2.0 * self._traffic(unit)
             + (self.accumulating_bytes * unit.params if plan.accumulation > 1 else 0.0),
-            launches=round(BACKWARD_LAUNCHES * costs.launches),
+            launches=self._launches(unit, BACKWARD_LAUNCHES),
             working_bytes=buffers.backward_working_bytes(unit, plan, self.kernels, recomputed=recomputed),
         )
         held = None
@@ -606,7 +628,7 @@ class _Step:
         for task, awaited in previous.items():
             self.tasks[task] = self.tasks[task]._replace(after_previous=tuple(sorted(set(awaited))))
         return Schedule(
-            name=self.plan.update,
+            name=self.name,
             lanes=LANES,
             tasks=tuple(self.tasks),
             pools=tuple(self.pools),
@@ -615,3 +637,52 @@ class _Step:
             visits=tuple(self.visits),
             visits_per_layer=self.plan.accumulation,
         )
+
+
+class _Forward(_Step):
+    """A forward pass that no backward pass follows, of a model of which nothing is trained: then nothing is updated
+    and nothing is waited for on its way up."""
+
+    def __init__(self, model: ModelSpec, plan: Plan, kernels: str, pools: list[Pool]) -> None:
+        super().__init__(model, plan, kernels, pools)
+        self.name = "forward"
+        self.placements = kept_nothing(self.placements)
+        self.turnaround = set()
+
+    def build(self) -> Schedule:
+        self._forward()
+        self._visit()
+        self._loss()
+        # The caller has the loss before the next batch is known: no lane runs ahead into the next pass.
+        first = {task.work.lane: i for i, task in reversed(list(enumerate(self.tasks)))}
+        for task in first.values():
+            self._await_previous(task, "loss")
+        return self._finished()
+
+    def _loss(self) -> None:
+        """Final norm, head and chunked loss."""
+        model, head, count = self.model, self.model.head, len(self.layers)
+        if count not in self.weights:
+            self._bring_head()
+        ready, slot = self._ready_weights(count)
+        tokens = self.plan.micro_batch * self.plan.seq_len
+        chunks = -(-tokens // model.loss_chunk_tokens(tokens))
+        costs = head.kernels(self.kernels)
+        work = self._work(
+            "loss",
+            GPU,
+            flops=head.forward_flops(self.plan.micro_batch, self.plan.seq_len),
+            # Logits written, read for the loss, and, since the kernel is the step's, read and overwritten by their
+            # gradient: 2 bytes each. The matrix is read once a chunk.
+            traffic_bytes=8.0 * tokens * model.vocab_size
+            + 2.0 * chunks * head.weight_elements
+            + costs.traffic_bytes * tokens,
+            launches=chunks * costs.launches,
+            working_bytes=buffers.loss_working_bytes(model, self.plan, self.kernels),
+        )
+        for m in self.micro_batches:
+            source, held = self.inputs[count, m]
+            task = self._emit(work, head.index, (source, *ready), m)
+            self._release(held, task)
+        self._release(slot, task)
+        self.marks["loss",] = (task,)

@@ -70,6 +70,8 @@ class Unit:
     added to the accumulator."""
     matmul_elements: int
     """Weight elements one token is multiplied with (of a mixture, the active experts only)."""
+    experts: int = 0
+    """Of a mixture, of which each token is sent to some; 0 where there is none."""
     attention_width: int = 0
     """Query heads times head size; 0 where there is no attention."""
     attention_span: int | None = None
@@ -166,6 +168,11 @@ class ModelSpec:
     def loss_working_bytes(self, tokens: int) -> int:
         """Bytes alive in the chunked loss: logits in bf16, whose place their gradient takes."""
         return self.loss_chunk_tokens(tokens) * self.vocab_size * BF16_BYTES
+
+
+def untrained(model: ModelSpec) -> ModelSpec:
+    """The model with all of its parameters frozen."""
+    return replace(model, units=tuple(replace(unit, params=0, frozen=unit.owned) for unit in model.units))
 
 
 def with_frozen(model: ModelSpec, frozen: Sequence[int]) -> ModelSpec:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,9 @@ from slidetune.model import ModelSpec
 from slidetune.units import GIB, MIB
 
 PLAN_VERSION = 1
+# Up to so many tokens a micro-batch, launching a layer's kernels takes about as long as running them on a fast GPU
+# (H200 with Liger's kernels: level at 4096 with the host at rest, at 8192 beside CPU Adam).
+CAPTURED_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +218,7 @@ class Placement(NamedTuple):
     optimizer: str
     """Tier of master remainder and moments."""
     saved_input: str
-    """Tier of the layer's input between forward and backward."""
+    """Tier of the layer's input between forward and backward; "none" where no backward pass follows."""
     inner: Literal["recompute", "keep", "offload"]
     """What happens to the inner activations."""
 
@@ -252,6 +256,11 @@ def place_layers(plan: Plan, layers: int) -> list[Placement]:
     ]
 
 
+def kept_nothing(placements: Sequence[Placement]) -> list[Placement]:
+    """The placements of a forward pass that no backward pass follows: weights where they are, nothing saved."""
+    return [place._replace(saved_input="none", inner="recompute") for place in placements]
+
+
 def late_units(plan: Plan, model: ModelSpec) -> frozenset[int]:
     """Units whose update on the CPU waits for the next step's forward pass."""
     if plan.update == "forward":
@@ -259,6 +268,16 @@ def late_units(plan: Plan, model: ModelSpec) -> frozenset[int]:
     sliding = model.layers[plan.resident_layers :]
     chosen = spread(plan.late_updates, len(sliding)) if sliding else []
     return frozenset(unit.index for unit, late in zip(sliding, chosen, strict=True) if late)
+
+
+def captured(plan: Plan, model: ModelSpec) -> bool:
+    """Whether passes of layers run as CUDA graphs, which are launched as one kernel is: those of small micro-batches.
+
+    A mixture's can't, since which expert gets how many tokens is another in each step; nor can passes whose inner
+    activations leave the GPU, since they come back elsewhere.
+    """
+    small = plan.micro_batch * plan.seq_len <= CAPTURED_TOKENS
+    return small and not plan.recompute.offload and not any(unit.experts for unit in model.layers)
 
 
 def _spread_within(eligible: list[bool], chosen: int) -> list[bool]:

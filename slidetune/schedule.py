@@ -28,7 +28,7 @@ class Work:
     """What a task asks of the hardware. Tasks that ask the same share one Work."""
 
     op: str
-    """fetch, forward, recompute, backward, head, store, adam, save, load, nvme_read, nvme_write, ..."""
+    """fetch, forward, recompute, backward, head, loss, store, adam, save, load, nvme_read, nvme_write, ..."""
     lane: str
     flops: float = 0.0
     """Matrix and attention FLOPs on the GPU."""
@@ -90,7 +90,7 @@ class Hold(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """The tasks of one optimizer step, repeated step after step."""
+    """The tasks of one optimizer step, or of one forward pass for an evaluation, repeated step after step."""
 
     name: str
     lanes: tuple[str, ...]
@@ -98,7 +98,7 @@ class Schedule:
     pools: tuple[Pool, ...]
     holds: tuple[Hold, ...]
     tokens: int
-    """Tokens an optimizer step."""
+    """Tokens a step."""
     visits: tuple[int, ...] = ()
     """Index of the first task of each visit, one a unit and micro-batch: where the simulator looks for a
     repeating state."""

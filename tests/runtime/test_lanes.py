@@ -102,6 +102,50 @@ def test_any_schedule_runs_in_an_order_it_allows(case):
     log.check(schedule, 3)
 
 
+SHORT = schedule_of((H2D, (), (1,)), (GPU, (0,), ()))
+
+
+def test_steps_of_another_course_begin_when_all_before_have_ended():
+    """Also on lanes of which the other course has no tasks."""
+    log, other = Log(PIPELINE, pause_s=0.005), Log(SHORT, pause_s=0.005)
+    lanes = Lanes(PIPELINE, log.operations, CPU)
+    short = lanes.add(SHORT, other.operations, awaited=[1])
+    other.events = log.events
+    turns = [None, short, short, None, None, short, None]
+    for number, course in enumerate(turns, 1):
+        sequence = lanes.submit(Step(number=number), course)
+    lanes.wait(sequence, 3)
+    lanes.drain()
+    lanes.stop()
+    numbers = [number for number, *_ in log.events]
+    for number in range(1, len(turns)):
+        if turns[number] is not turns[number - 1]:
+            assert max(i for i, n in enumerate(numbers) if n <= number) < numbers.index(number + 1)
+    assert [numbers.count(n + 1) for n, course in enumerate(turns)] == [4 if course else 8 for course in turns]
+
+
+def test_a_course_may_not_use_other_lanes():
+    lanes = Lanes(SHORT, [lambda step: None] * 2, CPU)
+    with pytest.raises(ValueError, match="cpu_adam"):
+        lanes.add(PIPELINE, [lambda step: None] * 4)
+    lanes.stop()
+
+
+def test_a_failure_in_another_course_ends_all_lanes():
+    def fail(step):
+        raise ValueError("no such thing")
+
+    lanes = Lanes(PIPELINE, Log(PIPELINE).operations, CPU)
+    short = lanes.add(SHORT, [lambda step: None, fail])
+    lanes.submit(Step(number=1))
+    lanes.submit(Step(number=2), short)
+    with pytest.raises(TaskFailed, match="task op of unit 1: ValueError: no such thing"):
+        lanes.drain()
+    with pytest.raises(TaskFailed):
+        lanes.submit(Step(number=3))
+    assert not any(thread.is_alive() for thread in lanes._threads)
+
+
 @pytest.mark.parametrize("task", range(4))
 def test_a_failure_ends_all_lanes(task):
     operations = Log(PIPELINE).operations

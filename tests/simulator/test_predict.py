@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from hypothesis import assume, given, settings
 
-from slidetune.builder import build
+from slidetune.builder import build, build_forward
 from slidetune.machines import machine
 from slidetune.models import load_model
 from slidetune.plans import Activations, Plan
@@ -119,6 +119,24 @@ def test_small_batches_are_limited_by_the_host_and_large_ones_by_the_gpu():
     assert small.gpu_busy < 0.5 < large.gpu_busy
 
 
+# --- forward passes alone
+
+
+def test_a_forward_pass_is_shorter_than_its_step_and_no_shorter_than_its_computing():
+    model = load_model("llama-3.1-8b")
+    for micro_batch in (1, 16):
+        plan = Plan(model=model.name, micro_batch=micro_batch, window=3, prefetch=2)
+        step, forward = predict(build(model, plan), RTX4090), predict(build_forward(model, plan), RTX4090)
+        # 2 FLOPs a parameter that a token is multiplied with, at what the GPU's products reach.
+        computing_s = 2.0 * model.active_params * plan.tokens / RTX4090.gpu.matmul_flops
+        assert computing_s < forward.step_s < step.step_s
+        assert forward.tokens_per_s == pytest.approx(plan.tokens / forward.step_s)
+        assert forward.nvme_written_bytes == 0
+    assert forward.limiter == "GPU compute"
+    # All but the first layer's upload and the head's is hidden.
+    assert forward.step_s < 1.1 * forward.lanes[GPU].alone_s
+
+
 # --- any plan
 
 any_case = given(models_and_plans(max_layers=6), machines())
@@ -179,3 +197,14 @@ def test_critical_seconds_add_up_to_the_step_the_most_first(drawn, profile):
     seconds = list(prediction.critical_s.values())
     assert seconds == sorted(seconds, reverse=True)
     assert sum(seconds) == pytest.approx(prediction.step_s)
+
+
+@laws
+@any_case
+def test_a_forward_pass_of_any_plan_is_predicted(drawn, profile):
+    schedule, prices = build_forward(*drawn), PriceList(profile)
+    forward, step = predict(schedule, profile, prices), predict(build(*drawn), profile)
+    assert forward.step_s == pytest.approx(simulate(schedule, prices, record=False).step_s, rel=0.005)
+    assert forward.lanes[GPU].alone_s <= forward.step_s * (1 + 1e-9)
+    assert forward.bound_s <= forward.step_s * (1 + 1e-9)
+    assert all(forward.memory[tier].peak_bytes <= step.memory[tier].peak_bytes for tier in forward.memory)

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slidetune.builder import build, distinct_rows
+from slidetune.builder import build, build_forward, distinct_rows
 from slidetune.errors import SlidetuneError
 from slidetune.models import load_model
 from slidetune.plans import Activations, Plan, Recompute, late_units, place_layers
-from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, LANES, NVME_READ, NVME_WRITE
+from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, LANES, NVME_READ, NVME_WRITE, TIERS
 
 from ..strategies import models_and_plans, small_model
 
@@ -189,12 +189,13 @@ def test_visits_are_one_a_layer_and_micro_batch_each_way(drawn):
     assert len(visits) == 2 * len(model.layers) * plan.accumulation + 3
 
 
+@pytest.mark.parametrize("of", [build, build_forward])
 @many
 @any_step
-def test_a_slot_is_taken_only_after_its_last_readers(drawn):
+def test_a_slot_is_taken_only_after_its_last_readers(of, drawn):
     """The holds of every slot, one after the other and into the next step: whoever takes it depends on those that
     had it last. No durations can make two of them meet."""
-    schedule = build(*drawn)
+    schedule = of(*drawn)
     orders = Orders(schedule)
     of_slot = defaultdict(list)
     for hold in schedule.holds:
@@ -403,6 +404,89 @@ def test_a_gradient_that_waits_for_its_update_is_not_overwritten(drawn):
         assert all(orders.before(update, store, across=within) for update in rows + rest)
 
 
+# --- forward passes alone
+
+
+@many
+@any_step
+def test_a_forward_pass_alone_only_brings_and_computes(drawn):
+    model, plan = drawn
+    schedule = build_forward(model, plan)
+    ops = {task.work.op for task in schedule.tasks}
+    assert ops <= {"gather", "read weights", "fetch", "forward", "loss"}
+    assert {task.work.lane for task in schedule.tasks} <= {GPU, H2D, NVME_READ}
+    assert schedule.tokens == plan.tokens
+    tokens = sum(unit.forward_flops(plan.batch, plan.seq_len) for unit in model.units)
+    assert schedule.total("flops") == pytest.approx(tokens)
+    assert schedule.total("params") == 0
+
+
+@many
+@any_step
+def test_a_forward_pass_alone_loads_every_layer_once_unless_it_is_resident(drawn):
+    model, plan = drawn
+    schedule = build_forward(model, plan)
+    ops = tasks_by_op(schedule)
+    for unit, place in zip(model.layers, place_layers(plan, len(model.layers)), strict=True):
+        assert len(ops["fetch", unit.index]) == (not place.resident)
+        assert len(ops["read weights", unit.index]) == (place.weights == "nvme")
+        assert total(schedule, "bytes", op="fetch", unit=unit.index) == 2 * unit.owned * (not place.resident)
+    rows = plan.accumulation * model.hidden_bytes(plan.micro_batch, plan.seq_len)
+    assert total(schedule, "bytes", op="gather") == rows
+    assert total(schedule, "bytes", op="fetch", unit=model.head.index) == 2 * model.head.weight_elements
+
+
+@many
+@any_step
+def test_a_forward_pass_alone_computes_with_what_is_there_and_waits_for_the_loss_before(drawn):
+    model, plan = drawn
+    schedule = build_forward(model, plan)
+    orders, ops = Orders(schedule), tasks_by_op(schedule)
+    places = place_layers(plan, len(model.layers))
+    until = {(schedule.pools[hold.pool].name, hold.first): hold.last for hold in schedule.holds}
+    makers = ops["gather", 0]
+    for unit, op in [*((unit, "forward") for unit in model.layers), (model.head, "loss")]:
+        tasks = ops[op, unit.index]
+        assert [schedule.tasks[task].micro_batch for task in tasks] == list(range(plan.accumulation))
+        for maker, task in zip(makers, tasks, strict=True):
+            assert orders.before(maker, task)
+            assert until["hidden states", maker] == (task,)
+        for fetch in ops["fetch", unit.index]:
+            assert all(orders.before(fetch, task) for task in tasks)
+            if unit is model.head or places[unit.index - 1].weights != "gpu":
+                assert until["head weights" if unit is model.head else "weights", fetch] == (tasks[-1],)
+        for read in ops["read weights", unit.index]:
+            assert orders.before(read, ops["fetch", unit.index][0])
+        makers = tasks
+    # Nothing of the next one begins before: there is no batch for it.
+    assert all(orders.before(makers[-1], task, across=True) for task in range(len(schedule.tasks)))
+    assert all(orders.before(task, makers[-1]) for task in range(len(schedule.tasks)) if task != makers[-1])
+
+
+@many
+@any_step
+def test_a_forward_pass_alone_needs_no_memory_that_the_step_does_not(drawn):
+    step, forward = build(*drawn), build_forward(*drawn)
+    assert {pool.name for pool in forward.pools} <= {pool.name for pool in step.pools}
+    assert all(forward.peak_bytes(tier) <= step.peak_bytes(tier) for tier in TIERS)
+
+
+def test_a_forward_pass_of_one_layer_by_hand():
+    model = small_model("untied", 1)
+    schedule = build_forward(model, Plan(model=model.name, window=1, prefetch=0, accumulation=2))
+    assert [(task.work.op, task.unit, task.micro_batch) for task in schedule.tasks] == [
+        ("gather", 0, 0),
+        ("gather", 0, 1),
+        ("fetch", 1, -1),
+        ("forward", 1, 0),
+        ("forward", 1, 1),
+        ("fetch", 2, -1),
+        ("loss", 2, 0),
+        ("loss", 2, 1),
+    ]
+    assert len(schedule.visits) == 4
+
+
 # --- examples
 
 
@@ -478,8 +562,9 @@ def test_all_that_can_be_placed_elsewhere_at_once():
 
 def test_a_faulty_plan_is_refused_and_named():
     model = small_model("untied", 3)
-    with pytest.raises(SlidetuneError, match=r"resident_layers \(4\) exceeds"):
-        build(model, Plan(model=model.name, resident_layers=4))
+    for of in (build, build_forward):
+        with pytest.raises(SlidetuneError, match=r"resident_layers \(4\) exceeds"):
+            of(model, Plan(model=model.name, resident_layers=4))
 
 
 @settings(max_examples=100, deadline=None)

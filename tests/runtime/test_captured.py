@@ -1,0 +1,135 @@
+"""Recorded passes give what the passes themselves give. On the CPU, where nothing is recorded, a recording stands for
+running its pass once more with what it was recorded with: that finds whatever a pass has of another step."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from slidetune.families import spec_from_config
+from slidetune.plans import CAPTURED_TOKENS, Plan, Recompute, captured
+from slidetune.runtime.captured import Arguments, Passes
+from slidetune.runtime.trainer import SlidingTrainer
+
+from ..strategies import small_model
+from .reference import DEVICE, PlainLoop, assert_equal, make_model, random_batches, run_both
+from .test_exactness import CONFIGS, KNOBS, SIZES
+
+STEPS = 5
+
+
+@pytest.fixture
+def counts(monkeypatch) -> Counter:
+    """Trainers record passes, as they do on CUDA; how many are recorded and replayed."""
+    found = Counter()
+    record = Passes._recorded
+
+    def counted(self, state, body):
+        found["recorded"] += 1
+        replay = record(self, state, body)
+
+        def run():
+            found["replayed"] += 1
+            replay()
+
+        return run
+
+    monkeypatch.setattr(Passes, "_recorded", counted)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(SlidingTrainer, "_passes", lambda self: Passes(lambda body: body))
+    return found
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    "knob", [name for name, knobs in KNOBS.items() if not Plan(model="", **knobs).recompute.offload]
+)
+def test_every_knob(knob, model, counts, tmp_path):
+    plan = Plan(model=f"small {model}", **(SIZES | KNOBS[knob]))
+    assert_equal(run_both(CONFIGS[model], plan, folder=tmp_path, steps=STEPS))
+    # Each layer's pass forward, often another one forward, and one back; all steps but the first replay them.
+    layers = len(spec_from_config(CONFIGS[model], model).layers)
+    assert counts["recorded"] == 3 * layers - plan.recompute.keep
+    assert counts["replayed"] == (STEPS - 1) * counts["recorded"]
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_accumulation(keep, counts):
+    plan = Plan(model="llama", accumulation=3, recompute=Recompute(keep=keep), **SIZES)
+    assert_equal(run_both(CONFIGS["llama"], plan, steps=STEPS))
+    assert counts["replayed"] == (STEPS - 1) * counts["recorded"] > 0
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_batches_of_other_lengths(keep, counts):
+    """A batch of another form runs as it is, and what was recorded is recorded anew when its form comes twice."""
+    config, plan = CONFIGS["llama"], Plan(model="llama", recompute=Recompute(keep=keep), **SIZES)
+    lengths = (24, 24, 24, 7, 7, 24, 24, 7)
+    batches = [
+        {name: tensor[:, :length] for name, tensor in batch.items()}
+        for batch, length in zip(random_batches(config, plan, len(lengths)), lengths, strict=True)
+    ]
+    loop = PlainLoop(make_model(config))
+    with SlidingTrainer(make_model(config), plan, device=DEVICE) as trainer:
+        losses = [(trainer.step(batch), loop.step(batch)) for batch in batches]
+        weights = trainer.state_dict()
+    ours, plain = zip(*losses, strict=True)
+    assert_equal((list(ours), weights, list(plain), loop.state_dict()))
+    passes = 3 * len(spec_from_config(config, "").layers) - keep
+    assert counts["recorded"] == 3 * passes
+    assert counts["replayed"] == 4 * passes
+
+
+def test_masks_that_come_and_go(counts):
+    """Where a batch is padded, layers get a mask; where none is, they may get none."""
+    config, plan = CONFIGS["llama"], Plan(model="llama", **SIZES)
+    batches = list(random_batches(config, plan, 3)) + list(random_batches(config, plan, 3, padded=True))
+    loop = PlainLoop(make_model(config))
+    with SlidingTrainer(make_model(config), plan, device=DEVICE) as trainer:
+        losses = [(trainer.step(batch), loop.step(batch)) for batch in batches]
+        weights = trainer.state_dict()
+    ours, plain = zip(*losses, strict=True)
+    assert_equal((list(ours), weights, list(plain), loop.state_dict()))
+    assert counts["replayed"] > 0
+
+
+def test_nothing_is_recorded_of_a_model_with_dropout(counts, monkeypatch):
+    monkeypatch.undo()
+    config = CONFIGS["gpt2"] | {"resid_pdrop": 0.1}
+    with SlidingTrainer(make_model(config), Plan(model="small gpt2", **SIZES), device=DEVICE) as trainer:
+        assert not trainer._passes()._record
+
+
+def test_which_plans_are_captured():
+    dense, mixture = small_model("untied"), small_model("layers of two sizes")
+    fits = Plan(model="", seq_len=1024, micro_batch=CAPTURED_TOKENS // 1024)
+    assert captured(fits, dense)
+    assert not captured(fits, mixture)
+    assert not captured(Plan(model="", seq_len=1024, micro_batch=fits.micro_batch + 1), dense)
+    assert not captured(Plan(model="", recompute=Recompute(offload=1)), dense)
+
+
+def arguments(**values):
+    return Arguments.of([((), values)])
+
+
+def test_the_form_of_arguments():
+    mask, rotary = torch.ones(2, 1, 4, 4, dtype=torch.bool), torch.randn(2, 4, 8)
+    form = arguments(mask=mask.expand(2, 3, 4, 4), rotary=(rotary, rotary[:1]), scale=0.5, cache=None)
+    same = rotary.clone()
+    assert form.form == arguments(mask=(~mask).expand(2, 3, 4, 4), rotary=(same, same[:1]), scale=0.5, cache=None).form
+    assert len(form.storages) == 2
+    for other in (
+        {"mask": None, "rotary": (rotary, rotary[:1]), "scale": 0.5, "cache": None},
+        {"mask": mask.expand(2, 3, 4, 4), "rotary": (rotary, rotary[1:]), "scale": 0.5, "cache": None},
+        {"mask": mask.expand(2, 3, 4, 4), "rotary": (rotary, rotary[:1]), "scale": 0.25, "cache": None},
+        {"mask": mask.float().expand(2, 3, 4, 4), "rotary": (rotary, rotary[:1]), "scale": 0.5, "cache": None},
+    ):
+        assert form.form != arguments(**other).form
+
+
+def test_arguments_that_could_hide_a_change_have_no_form():
+    assert arguments(cache=object()) is None
