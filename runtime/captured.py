@@ -6,7 +6,8 @@ in each step, are copied to where the recorded kernels read them.
 
 A micro-batch's first step runs as it is: libraries set themselves up, compilers compile. A second one whose arguments
 are of the same form is recorded, later ones are replayed. One of another form runs as it is and takes the recordings'
-place, so that memory is never needed twice.
+place, so that memory is never needed twice. Python runs while a pass is recorded and not while it is replayed: models
+with hooks in their layers are not recorded, and a hook added later is not called.
 
 Passes, recorded or not, and the head take their memory from one pool of torch's allocator, in the lane's order, so
 that recording takes none a second time. What a pass keeps for its backward pass stays allocated for good: the

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import os
@@ -59,6 +60,8 @@ from slidetune.trace import TraceRow
 from slidetune.units import format_bytes, format_count
 
 _log = logging.getLogger(__name__)
+# Steps whose losses somebody may still ask for: of the one under way, the one before, and their late updates.
+_LOSSES = 8
 # What a plan will ever use is in use after so many.
 _CAP_CHECKED_STEPS = 3
 _LESS_GPU = "`slidetune plan --gpu-memory GIB` finds a plan that needs less; so does a smaller window or micro_batch."
@@ -395,7 +398,7 @@ class SlidingTrainer:
         prepared = torch.cuda.Event() if on_cuda else None
         if on_cuda:
             prepared.record()
-        losses = torch.full((len(micro),), math.nan, pin_memory=on_cuda)
+        losses = next(self._losses).fill_(math.nan)
         return {"micro_batches": micro, "rows": rows, "items": items, "losses": losses, "prepared": prepared}
 
     def _submit(self, step: Step, course: Course | None = None) -> int:
@@ -491,6 +494,10 @@ class SlidingTrainer:
             torch.cuda.empty_cache()
         self._pointed = [Pointed(unit.computed, unit.targets) if unit.targets else None for unit in units]
         self._randomness = Randomness(seed, self.device, draws_random_numbers(model))
+        # Not made anew in each step: torch marks page-locked memory that is freed by an event in the stream that wrote
+        # to it, and that stream may be recording at that moment.
+        places_of_losses = torch.empty(_LOSSES, plan.accumulation, pin_memory=self.device.type == "cuda")
+        self._losses = itertools.cycle(places_of_losses)
         tokens = plan.micro_batch * plan.seq_len
         machine = Machine(
             spec=spec,
@@ -522,8 +529,9 @@ class SlidingTrainer:
         self._lanes = Lanes(self.schedule, self._operations.run, self.device, awaited=[self._head_task])
 
     def _passes(self) -> Passes:
-        """How passes of layers run. Random numbers are seeded pass by pass, which a recorded one can't be."""
-        recorded = captured(self.plan, self.spec) and self.device.type == "cuda" and not self._randomness.active
+        """How passes of layers run. Random numbers are seeded pass by pass, and a user's hooks want to be called."""
+        as_they_are = self._randomness.active or _has_hooks(self.parts.layers)
+        recorded = captured(self.plan, self.spec) and _records(self.device) and not as_they_are
         return cuda_passes(self.device) if recorded else Passes()
 
     def _tables(self, layout: Layout) -> RowTables:
@@ -590,6 +598,15 @@ def _warn_if_refused(step: Step | None) -> None:
     """Tell the caller's caller of a step whose gradients clipping has found not to be finite."""
     if step is not None and step.refused:
         warnings.warn(f"step {step.number}: its gradients are not finite. Its update was refused.", stacklevel=3)
+
+
+def _records(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(part, kind) for part in module.modules() for kind in kinds)
 
 
 def _is_rate(value: object) -> bool:

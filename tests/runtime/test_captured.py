@@ -39,7 +39,8 @@ def counts(monkeypatch) -> Counter:
 
     monkeypatch.setattr(Passes, "_recorded", counted)
     if DEVICE == "cpu":
-        monkeypatch.setattr(SlidingTrainer, "_passes", lambda self: Passes(lambda body: body))
+        monkeypatch.setattr("slidetune.runtime.trainer.cuda_passes", lambda device: Passes(lambda body: body))
+        monkeypatch.setattr("slidetune.runtime.trainer._records", lambda device: True)
     return found
 
 
@@ -96,11 +97,24 @@ def test_masks_that_come_and_go(counts):
     assert counts["replayed"] > 0
 
 
-def test_nothing_is_recorded_of_a_model_with_dropout(counts, monkeypatch):
-    monkeypatch.undo()
-    config = CONFIGS["gpt2"] | {"resid_pdrop": 0.1}
-    with SlidingTrainer(make_model(config), Plan(model="small gpt2", **SIZES), device=DEVICE) as trainer:
-        assert not trainer._passes()._record
+def test_nothing_is_recorded_of_a_model_with_dropout(counts):
+    config, plan = CONFIGS["gpt2"] | {"resid_pdrop": 0.1}, Plan(model="small gpt2", **SIZES)
+    with SlidingTrainer(make_model(config), plan, device=DEVICE) as trainer:
+        for batch in random_batches(config, plan, STEPS):
+            trainer.step(batch)
+    assert not counts
+
+
+def test_nothing_is_recorded_of_a_model_with_hooks(counts):
+    """They want to be called."""
+    model, called = make_model(CONFIGS["llama"]), []
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: called.append(1))
+    plan = Plan(model="llama", **SIZES)
+    with SlidingTrainer(model, plan, device=DEVICE) as trainer:
+        for batch in random_batches(CONFIGS["llama"], plan, STEPS):
+            trainer.step(batch)
+    # Forward, and again for the backward pass.
+    assert len(called) == 2 * STEPS
 
 
 def test_which_plans_are_captured():

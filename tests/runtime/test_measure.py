@@ -140,7 +140,7 @@ def test_gaps_follow_from_kernels_beside_copies():
 
 
 def test_on_the_cpu_no_kernels_wait_for_copies():
-    figures = bench()._gaps([a_pass()])
+    figures = _Bench(torch.device("cpu"), QUICK, lambda *now: None, drive=False)._gaps([a_pass()])
     assert [figure.value for figure in figures.values()] == [0.0, 0.0, 1.0]
     assert {figure.kind for figure in figures.values()} == {"derived"}
 
