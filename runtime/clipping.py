@@ -19,7 +19,7 @@ def add_squares(total: Tensor, values: Tensor) -> None:
     """Add the squares of a bf16 gradient to an fp64 scalar, on the gradient's device and stream."""
     # CUDA's kernel wants an fp64 copy: of a few elements at a time, not of a head's 3 GiB.
     for part in values.split(_AT_ONCE):
-        total.add_(torch.linalg.vector_norm(part, dtype=torch.float64).square_())
+        total.add_(torch.linalg.vector_norm(part.detach(), dtype=torch.float64).square_())
 
 
 def gradient_norm(step: Step) -> float:

@@ -65,7 +65,7 @@ CPU_GRID = (Point(1, 64), Point(4, 64), Point(1, 256), Point(4, 64, 2), Point(4,
 Progress = Callable[[int, int], None]
 
 # Compilers and libraries try variants in the first rounds: a point may take twice as long in its first as in its fifth.
-_WARM_UP_ROUNDS, _WARM_UP_SECONDS = 8, 2.0
+_WARM_UP_ROUNDS, _WARM_UP_SECONDS = 8, 1.0
 # A GPU's clocks go down for tens of seconds of work; most of it in the first ten.
 _HEAT_S = 8.0
 _AGREE = 0.05
@@ -73,7 +73,7 @@ _AGREE = 0.05
 
 def warm_up(one_round: Callable[[], Sequence[float]]) -> float:
     """Run rounds until no action's seconds differ by more than 5 % from the round before, or they have been eight or
-    taken two seconds, but for a second one; the seconds of the last."""
+    taken one second, but for a second one; the seconds of the last."""
     before, seconds = one_round(), 0.0
     spent = sum(before)
     for _ in range(_WARM_UP_ROUNDS - 1):
@@ -94,21 +94,22 @@ def measure_kernels(
     *,
     kernels: str = "auto",
     grid: Sequence[Point] | None = None,
-    seconds: float = 30.0,
+    seconds: float = 45.0,
     progress: Progress = lambda done, total: None,
 ) -> tuple[KernelTime, ...]:
     """Times of every kind of GPU task of a model; `gpu` has the figures they are compared with.
 
-    The grid is gone through from many tokens to few, without those too many for device memory, until `seconds` have
-    passed: on a GPU that is warm from work, as in training, where clocks are a few per cent below a cold one's.
+    The grid is gone through from both ends, many tokens and few in turn, without those too many for device memory,
+    until `seconds` have passed: on a GPU that is warm from work, as in training, where clocks are a few per cent below
+    a cold one's. On a CPU, which may take minutes for the largest, the small ones come first.
     `ref`: directory, config.json, hub id or catalog name. `progress` is called with points done and to do.
     """
     bench = _Bench(ref, gpu, device, kernels)
     cuda = device.type == "cuda"
-    # Of a CPU, which may take minutes for the largest, the small ones first.
-    grid = sorted(grid or (CUDA_GRID if cuda else CPU_GRID), key=lambda point: point.tokens, reverse=cuda)
+    grid = sorted(grid or (CUDA_GRID if cuda else CPU_GRID), key=lambda point: point.tokens)
     grid = [point for point in grid if point.seq_len <= bench.spec.max_seq_len]
-    if device.type == "cuda":
+    if cuda:
+        grid = from_both_ends(grid[::-1])
         progress(0, len(grid))
         _heat(device)
     stream = torch.cuda.stream(torch.cuda.Stream(device)) if cuda else contextlib.nullcontext()
@@ -130,6 +131,12 @@ def measure_kernels(
                 torch.cuda.empty_cache()
     progress(len(grid), len(grid))
     return tuple(found)
+
+
+def from_both_ends(points: Sequence[Point]) -> list[Point]:
+    """The first, the last, the second, the last but one and so on."""
+    count = len(points)
+    return [points[n // 2 if n % 2 == 0 else count - 1 - n // 2] for n in range(count)]
 
 
 def _heat(device: torch.device) -> None:
@@ -179,7 +186,7 @@ class _Bench:
             else:
                 timed = layers[unit] = self._layer(unit, point, calls[unit - 1], captured(plan, self.spec))
             found += [self._time(point, work, timed[op]) for op, work in works.items()]
-        if not captured(plan, self.spec):
+        if not captured(plan, self.spec) or point.accumulation > 1:
             return found
         # Where inner activations are offloaded, passes run as they are; on the CPU they do anyway.
         plan = replace(plan, recompute=Recompute(offload=1))

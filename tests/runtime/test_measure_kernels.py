@@ -15,7 +15,7 @@ from slidetune.builder import build
 from slidetune.machines import load_gpu
 from slidetune.models import load_model
 from slidetune.plans import Plan
-from slidetune.runtime.measure_kernels import OPS, Point, measure_kernels, warm_up
+from slidetune.runtime.measure_kernels import OPS, Point, from_both_ends, measure_kernels, warm_up
 from slidetune.schedule import GPU
 from slidetune.simulator.kernel_times import KernelTimes
 
@@ -49,9 +49,9 @@ def warmed(rounds):
         (([0.010, 0.040], [0.010, 0.020], [0.010, 0.020]), 3),
         # Never: no more than eight.
         (([0.01], [0.02], [0.01], [0.02], [0.01], [0.02], [0.01], [0.02], [0.01]), 8),
-        # Long ones: two at least, and no more than two seconds.
+        # Long ones: two at least, and no more than a second.
         (([30.0], [10.0], [5.0]), 2),
-        (([0.9], [0.6], [0.55], [0.4]), 3),
+        (([0.45], [0.3], [0.275], [0.2]), 3),
     ],
 )
 def test_warming_up_ends_when_two_rounds_agree(rounds, taken):
@@ -65,6 +65,12 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     AutoConfig.for_model(**SMALL_CONFIGS["llama"]).save_pretrained(folder)
     return str(folder)
+
+
+def test_from_both_ends():
+    points = [Point(n, 1024) for n in (64, 32, 16, 8, 4)]
+    assert [point.micro_batch for point in from_both_ends(points)] == [64, 4, 32, 8, 16]
+    assert from_both_ends([]) == []
 
 
 def test_every_kind_of_task_of_every_point_is_measured(model):
