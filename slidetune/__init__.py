@@ -33,6 +33,8 @@ _HOME = {
     "write_plan": "slidetune.plan_file",
     "Plan": "slidetune.plans",
     "SlidetuneError": "slidetune.errors",
+    "Trainer": "slidetune.training",
+    "Callback": "slidetune.runtime.training.callbacks",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -19,6 +19,7 @@ from slidetune.errors import BadFile, SlidetuneError
 from slidetune.plans import Plan
 
 AUTO = "auto"
+REPORTS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,15 +90,17 @@ class Recipe:
     keep: int = 2
     """Newest checkpoints that are kept."""
     log: str | None = None
-    """Directory for the log of every step; null shows progress in the terminal only."""
+    """Directory for log.jsonl, which has a line for every step; null for the output directory."""
+    report: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Who gets the log's figures too: tensorboard (files beside the log), wandb; each needs its library installed."""
     output: str = "trained"
-    """Directory for checkpoints and the trained model."""
+    """Directory for checkpoints (step-...), the plan that was followed, and the trained model (in model)."""
     device: str | None = None
     """cuda, cuda:1 or cpu; null for the first GPU, else the CPU."""
     nvme_dir: str | None = None
     """Directory on NVMe for what the plan places there; null for where temporary files go."""
     trust_remote_code: bool = False
-    """true runs Python code that comes with the model; only for models whose code you trust."""
+    """true runs Python code that comes with the model's tokenizer; only for models whose code you trust."""
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -193,6 +196,10 @@ def problems(recipe: Recipe) -> list[str]:
         (
             recipe.schedule not in schedules.KINDS,
             f"schedule is {recipe.schedule!r}; allowed: {', '.join(schedules.KINDS)}.",
+        ),
+        (
+            not set(recipe.report) <= set(REPORTS),
+            f"report is {', '.join(recipe.report)}; allowed: {', '.join(REPORTS)}.",
         ),
         ((recipe.steps is None) == (recipe.epochs is None), "give either steps or epochs: exactly one of them."),
         (

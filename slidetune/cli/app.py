@@ -11,6 +11,7 @@ import typer
 
 from slidetune import __version__
 from slidetune.cli.console import err
+from slidetune.cli.export import export
 from slidetune.cli.fit import fit
 from slidetune.cli.init import init
 from slidetune.cli.lists import gpus, models, schema
@@ -18,6 +19,7 @@ from slidetune.cli.plan import plan
 from slidetune.cli.profile import profile
 from slidetune.cli.run import INTERRUPTED, run
 from slidetune.cli.simulate import report, simulate
+from slidetune.cli.train import train
 from slidetune.cli.tune_loop import tune_loop
 from slidetune.cli.validate import validate
 from slidetune.errors import SlidetuneError
@@ -49,10 +51,12 @@ def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-for command in (plan, run, validate, tune_loop, profile, simulate, report, fit, gpus, models, schema):
+_COMMANDS = (
+    *(init, train, export),
+    *(plan, run, validate, tune_loop, profile, simulate, report, fit, gpus, models, schema),
+)
+for command in _COMMANDS:
     app.command()(_stoppable(command))
-# Shown once there is a `slidetune train` for its recipes.
-app.command(hidden=True)(_stoppable(init))
 
 
 def _print_version(asked: bool) -> None:

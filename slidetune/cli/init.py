@@ -36,7 +36,9 @@ def with_recipe(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def wrapped(**values: Any) -> Any:
         named = {field: values.pop(flag) for flag, field in fields.items()}
-        return command(given={field: value for field, value in named.items() if value is not None}, **values)
+        # A flag that may be given several times comes as a list, empty where it wasn't.
+        named = {field: tuple(value) if isinstance(value, list) else value for field, value in named.items()}
+        return command(given={field: value for field, value in named.items() if value not in (None, ())}, **values)
 
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for n, p in own.items() if n != "given"] + flags
     wrapped.__signature__ = inspect.Signature(parameters)
@@ -53,7 +55,7 @@ def _flags() -> tuple[dict[str, str], list[inspect.Parameter]]:
             if hint is Data:
                 continue
             flag = "data" if (cls, name) == (Data, "source") else name
-            kind = str if typing.get_origin(hint) is typing.Literal else hint
+            kind = _flag_kind(hint)
             option = typer.Option(help=escape(docs[name]), rich_help_panel=panel, show_default=False)
             parameters.append(
                 inspect.Parameter(
@@ -62,6 +64,14 @@ def _flags() -> tuple[dict[str, str], list[inspect.Parameter]]:
             )
             fields[flag] = f"{prefix}{name}"
     return fields, parameters
+
+
+def _flag_kind(hint: Any) -> Any:
+    """What the command line takes for a field: it has no word for choices, and calls several of them a list."""
+    if typing.get_origin(hint) is typing.Literal:
+        return str
+    several = typing.get_origin(hint) is tuple and typing.get_args(hint)[-1] is Ellipsis
+    return list[str] if several else hint
 
 
 @with_recipe

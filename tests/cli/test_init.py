@@ -28,6 +28,7 @@ EVERY_FLAG = (
     *("--batch", "12", "--lr", "1e-4", "--schedule", "wsd", "--warm-up-steps", "3", "--decay-share", "0.3"),
     *("--weight-decay", "0.1", "--betas", "0.8", "0.95", "--eps", "1e-6", "--clip-norm", "1", "--steps", "70"),
     *("--seed", "5", "--evaluate-every", "10", "--save-every", "20", "--keep", "4", "--log", "l", "--output", "o"),
+    *("--report", "tensorboard", "--report", "wandb"),
     *("--device", "cpu", "--nvme-dir", "n", "--trust-remote-code"),
 )
 
@@ -64,6 +65,7 @@ def test_every_field_is_a_flag(tmp_path):
         save_every=20,
         keep=4,
         log="l",
+        report=("tensorboard", "wandb"),
         output="o",
         device="cpu",
         nvme_dir="n",

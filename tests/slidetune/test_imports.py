@@ -21,7 +21,7 @@ def layer(module: str) -> str:
     second = parts[1] if len(parts) > 1 else ""
     if second in ("simulator", "runtime", "traces", "tuner"):
         return second
-    top = ("cli", "api", "reporting", "validating", "grid", "tuning_loop", "__main__")
+    top = ("cli", "api", "reporting", "training", "validating", "grid", "tuning_loop", "__main__")
     return "top" if second in top else "vocabulary"
 
 

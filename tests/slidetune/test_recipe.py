@@ -13,6 +13,7 @@ from slidetune.errors import BadFile, SlidetuneError
 from slidetune.field_docs import field_docs
 from slidetune.plans import Plan
 from slidetune.recipe import (
+    REPORTS,
     Data,
     Recipe,
     batch_text,
@@ -73,6 +74,7 @@ def recipes(draw):
             save_every=st.none() | counts,
             keep=counts,
             log=st.none() | names,
+            report=st.lists(st.sampled_from(REPORTS), unique=True).map(tuple),
             output=names,
             device=st.none() | names,
             nvme_dir=st.none() | names,
