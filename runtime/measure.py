@@ -29,7 +29,7 @@ from torch import Tensor
 
 from slidetune.hardware import Figure, Gpu, HardwareProfile, Host, Link, Nvme
 from slidetune.machines import DEFAULT_HOST, load_host
-from slidetune.runtime.adam import AdamW, adam_implementation, adam_step
+from slidetune.runtime.adam import AdamW, adam_implementation, adam_rows, adam_step
 from slidetune.runtime.arena import Arena
 from slidetune.runtime.fits import (
     Assumed,
@@ -48,6 +48,7 @@ from slidetune.runtime.fits import (
     repeated,
 )
 from slidetune.runtime.nvme import NvmeFile
+from slidetune.runtime.row_kernels import gather_rows, sum_rows
 from slidetune.units import GB, GIB, KIB, MIB, format_bytes
 
 # DRAM bytes that Adam over a split master moves for one parameter.
@@ -67,6 +68,8 @@ _MIX_SECONDS = 0.3
 _SMALL_CALL = 2 * MIB
 # About as long as Adam waits for a gradient where the GPU is the limit; its threads, and the cores, sleep by then.
 _PAUSE_S = 5e-3
+# Elements of an embedding row, and tokens of a batch that read one each.
+_ROW, _ROW_TOKENS = 2560, 8192
 # A kernel's length: as short as a layer's many, but longer than its launch takes the host.
 _KERNEL_S = 30e-6
 # Matrices of a multiple of this fill a GPU's tiles.
@@ -109,9 +112,10 @@ def measure_machine(
     with bench.arena() as arena, bench.adam_arena() as adam_arena:
         sizes, copies = bench.copies(arena), bench.large_copies(arena)
         one, all_of_them = bench.adam_alone(adam_arena)
+        rows = bench.rows(adam_arena)
         passes = bench.side_by_side(adam_arena, copies)
     link = bench.link(sizes, passes)
-    host = bench.host(one, all_of_them, link, passes)
+    host = bench.host(one, all_of_them, link, passes, rows)
     nvme = None if nvme_folder is None else bench.nvme(nvme_folder)
     gpu = bench.gpu(passes)
     profile = HardwareProfile(name=platform.node() or "this machine", gpu=gpu, link=link, host=host, nvme=nvme)
@@ -148,7 +152,7 @@ class _Bench:
         self.kernels = max(100, round(1000 * effort.seconds))
         self.done = 0
         adam = 1 if self.threads == self.all_threads else 2
-        self.total = 2 * len(self.sizes) + adam + PASSES * len(self.mixes) + (3 if drive else 0) + 3
+        self.total = 2 * len(self.sizes) + adam + PASSES * len(self.mixes) + (3 if drive else 0) + 6
 
     def arena(self) -> Arena:
         return Arena(2 * self.effort.copy_bytes, pin=self.cuda, name="measurement")
@@ -360,6 +364,50 @@ class _Bench:
             seconds = self._seconds_of(self._adam(arena, params, threads))
         return seconds._replace(value=seconds.value / params)
 
+    def rows(self, arena: Arena) -> dict[str, Figure]:
+        """What the host does with rows of a matrix here and there: of its speed, what is left."""
+        params, threads = self.effort.params, self.threads
+        # A matrix larger than caches, and a batch's tokens in it.
+        table = arena.tensor(0, 7 * params, torch.bfloat16)[: 7 * params // _ROW * _ROW].view(-1, _ROW)
+        state, gradient = self._adam_state(arena)
+        count = min(_ROW_TOKENS, params // _ROW // 4)
+        generator = torch.Generator().manual_seed(0)
+        batches = [torch.randint(0, table.shape[0], (count,), generator=generator) for _ in range(8)]
+        tokens, sums = (torch.zeros(count, _ROW, dtype=torch.bfloat16) for _ in range(2))
+        parts = [torch.randperm(params // _ROW, generator=generator)[:count].sort().values for _ in range(8)]
+        places = torch.arange(count)
+        state, dense = ([tensor[: params // _ROW * _ROW] for tensor in state], gradient[: params // _ROW * _ROW])
+        actions = {
+            "gather_gbs": _in_turn(lambda ids: gather_rows(table, ids, tokens, threads=threads), batches),
+            "sum_rows_gbs": lambda: sum_rows(tokens, places, sums, fresh=True, threads=threads),
+            "adam_rows_share": _in_turn(
+                lambda ids: adam_rows(
+                    *state,
+                    width=_ROW,
+                    rows=ids,
+                    places=places,
+                    values=sums,
+                    dense=dense,
+                    hyper=AdamW(),
+                    step=1,
+                    threads=threads,
+                ),
+                parts,
+            ),
+        }
+        seconds = {}
+        for name, action in actions.items():
+            with self.step("embedding rows"):
+                seconds[name] = self._seconds_of(action, 0.3 * self.effort.seconds)
+        whole_s = self._seconds_of(self._adam(arena, params, threads), 0.3 * self.effort.seconds).value
+        how = f"{count} rows of {2 * _ROW} bytes, {_threads(threads)}"
+        values = {
+            "gather_gbs": tokens.nbytes / seconds["gather_gbs"].value / GB,
+            "sum_rows_gbs": tokens.nbytes / seconds["sum_rows_gbs"].value / GB,
+            "adam_rows_share": whole_s / params * count * _ROW / seconds["adam_rows_share"].value,
+        }
+        return {name: self._figure(value, how, seconds[name].spread) for name, value in values.items()}
+
     def side_by_side(self, arena: Arena, copies: dict[str, Callable[[], None]]) -> list[Rates]:
         """Calls a second of Adam, copies and kernels in every mix, several times over."""
         actions = {
@@ -394,7 +442,14 @@ class _Bench:
             found.append(time.perf_counter() - began)
         return repeated(found).value
 
-    def host(self, one: Repeated, all_of_them: Repeated | None, link: Link, passes: Sequence[Rates]) -> Host:
+    def host(
+        self,
+        one: Repeated,
+        all_of_them: Repeated | None,
+        link: Link,
+        passes: Sequence[Rates],
+        rows: dict[str, Figure],
+    ) -> Host:
         what = f"AdamW over a split master ({adam_implementation()})"
         calls = [self._call(rates) for rates in passes]
         call_s, per_s = (repeated(column) for column in zip(*calls, strict=True))
@@ -422,6 +477,7 @@ class _Bench:
             dram_efficiency=self._figure(1.0, "dram_gbs is already what Adam reaches"),
             process_gib=Figure(2.5, "guess", "1.5 GiB for the process and 1 left to the operating system"),
             **figures,
+            **rows,
             **self._contention(passes, adam_share, capacity, link),
         )
 
@@ -471,15 +527,21 @@ class _Bench:
     def _adam(self, arena: Arena, params: int, threads: int) -> Callable[[], None]:
         """Calls of Adam on so many parameters; on the next ones each time, so that no cache has them, if there are."""
         most = self.effort.params
-        state = (
+        state, gradient = self._adam_state(arena)
+        parts = [
+            [tensor[at : at + params] for tensor in (*state, gradient)] for at in range(0, most - params + 1, params)
+        ]
+        return _in_turn(lambda part: adam_step(*part, hyper=AdamW(), step=1, threads=threads), parts)
+
+    def _adam_state(self, arena: Arena) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Halves of masters and moments, and gradients, of all parameters of the arena."""
+        most = self.effort.params
+        return (
             arena.tensor(10 * most, most, torch.bfloat16),
             arena.tensor(8 * most, most, torch.int16),
             arena.tensor(0, most, torch.float32),
             arena.tensor(4 * most, most, torch.float32),
-            arena.tensor(12 * most, most, torch.bfloat16),
-        )
-        parts = [[tensor[at : at + params] for tensor in state] for at in range(0, most - params + 1, params)]
-        return _in_turn(lambda part: adam_step(*part, hyper=AdamW(), step=1, threads=threads), parts)
+        ), arena.tensor(12 * most, most, torch.bfloat16)
 
     # ---- NVMe ---------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,12 +63,20 @@ CUDA_GRID = (
 CPU_GRID = (Point(1, 64), Point(4, 64), Point(1, 256), Point(4, 64, 2), Point(4, 256))
 
 Progress = Callable[[int, int], None]
+Action = Callable[[], None]
+Actions = dict[str, Action]
+"""A layer's, by kind of task; with accumulation "recompute 2" and "backward 2", those of a further micro-batch."""
 
 # Compilers and libraries try variants in the first rounds: a point may take twice as long in its first as in its fifth.
 _WARM_UP_ROUNDS, _WARM_UP_SECONDS = 8, 1.0
 # A GPU's clocks go down for tens of seconds of work; most of it in the first ten.
 _HEAT_S = 8.0
 _AGREE = 0.05
+# At its power limit a GPU lowers its clocks, until they have settled some seconds later (H200: layers then take up to
+# 9 % longer). Fewer tokens don't bring it there.
+_SETTLE_S, _HARD_TOKENS = 2.5, 4096
+# Layers of each kind in the steps that are timed.
+_LAYERS = 12
 
 
 def warm_up(one_round: Callable[[], Sequence[float]]) -> float:
@@ -94,7 +102,7 @@ def measure_kernels(
     *,
     kernels: str = "auto",
     grid: Sequence[Point] | None = None,
-    seconds: float = 45.0,
+    seconds: float = 75.0,
     progress: Progress = lambda done, total: None,
 ) -> tuple[KernelTime, ...]:
     """Times of every kind of GPU task of a model; `gpu` has the figures they are compared with.
@@ -179,23 +187,27 @@ class _Bench:
         ids = torch.randint(0, self.spec.vocab_size, (point.micro_batch, point.seq_len), generator=generator)
         calls, _ = self.parts.record_calls(self.device, {"input_ids": ids.to(self.device)})
         labels = batches.shifted(ids).flatten().to(self.device)
-        found, layers = [], {}
-        for unit, works in _kinds(build(self.spec, plan, self.kernels)).items():
-            if unit == self.spec.head.index:
-                timed = self._head(point, labels)
-            else:
-                timed = layers[unit] = self._layer(unit, point, calls[unit - 1], captured(plan, self.spec))
-            found += [self._time(point, work, timed[op]) for op, work in works.items()]
-        if not captured(plan, self.spec) or point.accumulation > 1:
+        kinds = _kinds(build(self.spec, plan, self.kernels))
+        head = self.spec.head.index
+        layers = {unit: self._layer(unit, point, calls[unit - 1]) for unit in kinds if unit != head}
+        recorded = captured(plan, self.spec)
+        timed = self._timed(layers, self._head(point, labels), point.tokens, recorded=recorded)
+        found = [
+            self._time(point, work, timed[unit, op]) for unit, works in kinds.items() for op, work in works.items()
+        ]
+        if not recorded or point.accumulation > 1:
             return found
         # Where inner activations are offloaded, passes run as they are; on the CPU they do anyway.
-        plan = replace(plan, recompute=Recompute(offload=1))
-        for unit, works in _kinds(build(self.spec, plan, self.kernels)).items():
-            if unit != self.spec.head.index:
-                again = self.device.type == "cuda" or unit not in layers
-                timed = self._layer(unit, point, calls[unit - 1], False) if again else layers[unit]
-                found += [self._time(point, work, timed[op]) for op, work in works.items()]
-        return found
+        kinds = _kinds(build(self.spec, replace(plan, recompute=Recompute(offload=1)), self.kernels))
+        if self.device.type == "cuda":
+            timed = self._timed(layers, None, 0, recorded=False)
+        return found + [
+            self._time(point, work, timed[unit, op])
+            for unit, works in kinds.items()
+            # The layer that offloads takes other memory, and the same time.
+            if unit in layers
+            for op, work in works.items()
+        ]
 
     def _time(self, point: Point, work: Work, seconds: list[float]) -> KernelTime:
         quarters = statistics.quantiles(seconds, n=4)
@@ -214,7 +226,7 @@ class _Bench:
             model_s=float(f"{gpu_seconds(work, self.gpu):.6g}"),
         )
 
-    def _layer(self, unit: int, point: Point, call: Call, recorded: bool) -> dict[str, list[float]]:
+    def _layer(self, unit: int, point: Point, call: Call) -> Actions:
         layer, pointed = self.parts.layers[unit - 1], self.pointed[unit]
         shape = (point.micro_batch, point.seq_len, self.spec.hidden_size)
         source, target, upward = (torch.randn(shape, device=self.device, dtype=torch.bfloat16) for _ in range(3))
@@ -248,13 +260,9 @@ class _Bench:
             # The first gradient is written, the others are added: one of each.
             actions["recompute 2"] = recompute
             actions["backward 2"] = lambda: backward(fresh=False, last=True)
-        timed = self._timed(actions, recorded=recorded)
-        if sums:
-            first, second = timed["backward"], timed.pop("backward 2")
-            timed["backward"] = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
-        return timed
+        return actions
 
-    def _head(self, point: Point, labels: Tensor) -> dict[str, list[float]]:
+    def _head(self, point: Point, labels: Tensor) -> Action:
         pointed = self.pointed[self.spec.head.index]
         hidden = torch.randn(point.tokens, self.spec.hidden_size, device=self.device, dtype=torch.bfloat16)
         source = hidden.clone()
@@ -268,7 +276,7 @@ class _Bench:
             chunked_loss(self.head_loss, hidden, labels, point.tokens, chunk)
             round_in_place(gradient)
 
-        return self._timed({"head": head})
+        return head
 
     def _weights(self, pointed: Pointed) -> Tensor:
         return torch.randn(pointed.layout.total, device=self.device).mul_(0.02).to(torch.bfloat16)
@@ -276,23 +284,42 @@ class _Bench:
     def _empty(self, count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, device=self.device, dtype=dtype)
 
-    def _timed(self, actions: dict[str, Callable[[], None]], *, recorded: bool = False) -> dict[str, list[float]]:
-        """Seconds of each action while all follow one another several times; `recorded` as training does it."""
-        seconds = warm_up(lambda: self._rounds(actions, 1)[0])
-        if recorded and self.device.type == "cuda":
+    def _timed(
+        self, layers: Mapping[int, Actions], head: Action | None, tokens: int, *, recorded: bool
+    ) -> dict[tuple[int, str], list[float]]:
+        """Seconds of each action, by unit and kind of task, while they follow one another as in a step, `recorded` as
+        training records them; after some time of it on a GPU, for `tokens` enough to work it hard."""
+        once = [action for actions in layers.values() for action in actions.values()] + ([head] if head else [])
+        warm_up(lambda: self._rounds(once, 1)[0])
+        cuda = self.device.type == "cuda"
+        if recorded and cuda:
             record = recorder(torch.cuda.graph_pool_handle())
-            actions = {name: record(action) for name, action in actions.items()}
-            seconds = sum(self._rounds(actions, 2)[1])
-        rounds = self._rounds(actions, 4 + int(min(20, 0.5 / max(seconds, 1e-6))))
-        return dict(zip(actions, map(list, zip(*rounds, strict=True)), strict=True))
+            layers = {
+                unit: {name: record(action) for name, action in actions.items()} for unit, actions in layers.items()
+            }
+        names, actions = _step(layers, head, self.spec.head.index, repeats=_LAYERS if cuda else 1)
+        step_s = sum(self._rounds(actions, 1)[0])
+        if cuda:
+            settle_s = _SETTLE_S if tokens >= _HARD_TOKENS else _SETTLE_S / 4
+            self._rounds(actions, int(settle_s / step_s))
+        rounds = self._rounds(actions, (2 if cuda else 4) + int(min(20, 0.5 / step_s)))
+        found: dict[tuple[int, str], list[float]] = {}
+        for row in rounds:
+            for name, seconds in zip(names, row, strict=True):
+                found.setdefault(name, []).append(seconds)
+        for unit, actions in layers.items():
+            if "backward 2" in actions:
+                first, second = found[unit, "backward"], found[unit, "backward 2"]
+                found[unit, "backward"] = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+        return found
 
-    def _rounds(self, actions: dict[str, Callable[[], None]], count: int) -> list[list[float]]:
+    def _rounds(self, actions: Sequence[Action], count: int) -> list[list[float]]:
         """Seconds of each action in each round."""
         marks = [[] for _ in range(count)]
         self._synchronize()
         for row in marks:
             row.append(self._now())
-            for action in actions.values():
+            for action in actions:
                 action()
                 row.append(self._now())
         self._synchronize()
@@ -311,6 +338,24 @@ class _Bench:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _step(
+    layers: Mapping[int, Actions], head: Action | None, head_unit: int, repeats: int
+) -> tuple[list[tuple[int, str]], list[Action]]:
+    """What follows what in a step of so many layers of each kind, by unit and kind of task: all forward passes, the
+    head, and all backward passes, each after its recomputation."""
+    forward = [(unit, "forward", actions["forward"]) for unit, actions in layers.items()]
+    backward = [
+        (unit, name, action)
+        for unit, actions in layers.items()
+        for name, action in actions.items()
+        if name != "forward"
+    ]
+    # Twice on a GPU, where one step may be all there is time for.
+    heads = [(head_unit, "head", head)] * min(2, repeats) if head else []
+    sequence = forward * repeats + heads + backward * repeats
+    return [(unit, name) for unit, name, _ in sequence], [action for *_, action in sequence]
 
 
 def _kinds(schedule: Schedule) -> dict[int, dict[str, Work]]:

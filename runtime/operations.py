@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slidetune.runtime import gpu_tasks, row_tasks, transfer_tasks, update_tasks
 from slidetune.runtime.steps import Step
-from slidetune.runtime.walk import EMBEDDING, Machine, Operation, Walk
+from slidetune.runtime.walk import Machine, Operation, Walk
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, Schedule, Task
 
 
@@ -19,8 +19,7 @@ class Operations:
 
 def _bound(walk: Walk, index: int, task: Task) -> Operation:
     op, lane = task.work.op, task.work.lane
-    bind = row_tasks.store_rows if op == "store" and task.unit == EMBEDDING else _BINDERS[op, lane]
-    run = bind(walk, index, task)
+    run = _BINDERS[op, lane](walk, index, task)
     updates = op.startswith("adam") or (op in ("read state", "write state") and task.unit in walk.late)
     return run if updates else _skipped_if_only_update(run)
 
@@ -47,6 +46,7 @@ _BINDERS = {
     ("save", D2H): transfer_tasks.save,
     ("save inner", D2H): transfer_tasks.save_inner,
     ("store", D2H): update_tasks.store,
+    ("store rows", D2H): row_tasks.store_rows,
     ("adam", CPU_ADAM): update_tasks.adam,
     ("adam rows", CPU_ADAM): row_tasks.adam_rows,
     ("adam rest", CPU_ADAM): row_tasks.adam_rest,

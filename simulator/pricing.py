@@ -111,12 +111,14 @@ class PriceList:
     def _upload(self, work: Work) -> Price:
         host = self.profile.host
         say = Demand((), host.upload_priority.value, UPLOAD, host.upload_duplex_priority.value)
-        return self._copy(work, "h2d link", self.profile.link.h2d_gbs.value, host.upload_dram_weight.value, say)
+        price = self._copy(work, "h2d link", self.profile.link.h2d_gbs.value, host.upload_dram_weight.value, say)
+        return _after(price, work, host.gather_gbs.value) if work.op == "gather" else price
 
     def _download(self, work: Work) -> Price:
         host = self.profile.host
         say = Demand((), host.download_priority.value, DOWNLOAD, host.download_duplex_priority.value)
-        return self._copy(work, "d2h link", self.profile.link.d2h_gbs.value, host.download_dram_weight.value, say)
+        price = self._copy(work, "d2h link", self.profile.link.d2h_gbs.value, host.download_dram_weight.value, say)
+        return _after(price, work, host.sum_rows_gbs.value) if work.op == "store rows" else price
 
     def _copy(self, work: Work, direction: str, gbs: float, dram_weight: float, say: Demand) -> Price:
         link, host = self.profile.link, self.profile.host
@@ -130,6 +132,10 @@ class PriceList:
     def _adam(self, work: Work) -> Price:
         host = self.profile.host
         streaming = self._on_cores(work, host.adam_gparams_per_core.value)
+        if work.op == "adam rows":
+            share = host.adam_rows_share.value
+            slower = tuple((name, amount * share) for name, amount in streaming.demand.shares)
+            streaming = Price(streaming.alone_s / share, replace(streaming.demand, shares=slower))
         return Price(host.adam_call_us.value * 1e-6 + streaming.alone_s, replace(streaming.demand, role=ADAM))
 
     def _convert(self, work: Work) -> Price:
@@ -161,6 +167,12 @@ class PriceList:
             ("CPU cores", min(1.0, 1.0 / host.cores.value)),
         )
         return _price(work.bytes / (gbs * GB), Demand(shares))
+
+
+def _after(price: Price, work: Work, gbs: float) -> Price:
+    """The price of a copy before or after which the host works on its bytes at a rate of its own, which takes of DRAM
+    about what the copy does."""
+    return Price(price.alone_s + work.bytes / (gbs * GB), price.demand)
 
 
 def _price(seconds: float, full: Demand) -> Price:

@@ -309,7 +309,7 @@ class _Step:
 
     def _scatter(self) -> None:
         """The gradient of the embedding's rows comes down and, unless deferred, its rows are updated."""
-        work = self._work("store", D2H, bytes=self.hidden_bytes)
+        work = self._work("store rows", D2H, bytes=self.hidden_bytes)
         # Where the last step's gradient was applied in this one, its place is free once all rows have it.
         free = self.marks["rest updated",] if self.trains_rows and (self.deferred or not self.tied) else ()
         for m in self.micro_batches:

@@ -152,6 +152,7 @@ class Link:
     """Fixed cost of a transfer, microseconds: what makes small copies slow."""
 
 
+_ROWS = "H200 machine, 15 threads: rows of 5 KiB are gathered at 45 GB/s, summed at 18, updated at 75 % of Adam's speed"
 _BOTH_WAYS = "H200 probe: beside each other and Adam, copies keep 64 % of their rates and Adam 60 % of its own"
 
 
@@ -190,6 +191,12 @@ class Host:
     """Weight of downloads against Adam where both are held back by DRAM and uploads run too."""
     adam_call_us: Figure = Figure(0.0, "derived", "not measured: Adam's rate is taken to be that of large calls")
     """Fixed cost of a call of CPU Adam, microseconds: waking its threads and gathering them."""
+    gather_gbs: Figure = Figure(45.0, "derived", _ROWS)
+    """Rate at which embedding rows here and there are copied to where they go up from, GB/s."""
+    sum_rows_gbs: Figure = Figure(18.0, "derived", _ROWS)
+    """Rate at which the gradients of tokens are added up to those of rows, GB/s of the tokens'."""
+    adam_rows_share: Figure = Figure(0.75, "derived", _ROWS)
+    """Speed of Adam over rows here and there, as a share of its speed over a whole matrix."""
     convert_gparams_per_core: Figure = Figure(
         1.1, "derived", "H200 probe: 13.3 G parameters/s on 16 threads is 0.83 a core, DRAM-bound"
     )

@@ -19,7 +19,7 @@ from slidetune.hardware import NOISY_SPREAD, HardwareProfile
 from slidetune.machines import catalog_card, catalog_guesses
 from slidetune.units import format_seconds
 
-QUICK = "A rough idea in about 15 seconds, and as much for each --model; else about 55, and 55 for each."
+QUICK = "A rough idea in about 15 seconds, and as much for each --model; else about 55, and 75 for each."
 
 
 def profile(
@@ -68,7 +68,7 @@ def profile(
                 found.gpu,
                 chosen,
                 kernels=wanted,
-                seconds=5.0 if quick else 45.0,
+                seconds=5.0 if quick else 75.0,
                 progress=lambda done, of: advance(done, of, "micro-batches"),
             )
         found = dataclasses.replace(found, gpu=dataclasses.replace(found.gpu, times=found.gpu.times + times))

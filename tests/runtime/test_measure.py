@@ -161,7 +161,7 @@ def test_adams_rate_and_cost_of_a_call_come_from_the_passes():
     here.cores = 16
     copies = _SizedCopies([QUICK.copy_bytes], *[[Repeated(MIB / 1e9, 0.0)]] * 2)
     passes = [a_pass()] * PASSES
-    host = here.host(Repeated(1e-9, 0.0), None, here.link(copies, passes), passes)
+    host = here.host(Repeated(1e-9, 0.0), None, here.link(copies, passes), passes, {})
     large, small = 1 / ALONE[ADAM], 1 / ALONE[SMALL_ADAM]
     call, rate = host.adam_call_us.value * 1e-6, host.dram_gbs.value * 1e9 / 26
     assert call + QUICK.params / rate == pytest.approx(large, rel=2e-3)

@@ -159,8 +159,8 @@ def test_weights_cross_no_more_often_for_more_micro_batches(drawn):
         for op in ("fetch", "store"):
             moved = total(once, "bytes", op=op, unit=unit.index)
             assert moved == total(thrice, "bytes", op=op, unit=unit.index)
-    rows = total(once, "bytes", op="store", unit=0)
-    assert total(thrice, "bytes", op="store", unit=0) == 3 * rows
+    rows = total(once, "bytes", op="store rows", unit=0)
+    assert total(thrice, "bytes", op="store rows", unit=0) == 3 * rows
 
 
 # --- order
@@ -233,7 +233,7 @@ def test_hidden_states_are_held_until_all_that_read_them_are_done(drawn):
             assert all(reader in until[maker] or orders.before(reader, until[maker][-1]) for reader in readers)
         makers = ops["forward", i]
     # The head turns its input into a gradient in place; it comes down at last as that of the embedding's rows.
-    assert all(store in until[maker] for maker, store in zip(makers, ops["store", 0], strict=True))
+    assert all(store in until[maker] for maker, store in zip(makers, ops["store rows", 0], strict=True))
 
 
 @many
@@ -275,7 +275,7 @@ def test_every_task_that_computes_finds_its_inputs(drawn):
                 path = [ops["forward", i][m], ops["save inner", i][m], ops["load inner", i][m], task]
                 assert all(orders.before(a, b) for a, b in pairwise(path))
         before = ops["backward", i]
-    for m, task in enumerate(ops["store", 0]):
+    for m, task in enumerate(ops["store rows", 0]):
         assert orders.before(before[m], task)
 
 
@@ -321,9 +321,9 @@ def test_adam_follows_the_gradient_or_waits_for_the_norm(drawn):
         assert orders.before(last_of_head, task) or not model.tied
     # A tied matrix has two gradients: the head's is all that rows no token read will get.
     for task in ops["adam rest", 0]:
-        assert orders.before(last_of_head if model.tied else ops["store", 0][-1], task, across=not model.tied)
+        assert orders.before(last_of_head if model.tied else ops["store rows", 0][-1], task, across=not model.tied)
     for task in ops["adam rows", 0]:
-        assert orders.before(ops["store", 0][-1], task, across=not model.tied)
+        assert orders.before(ops["store rows", 0][-1], task, across=not model.tied)
 
 
 @many
@@ -400,7 +400,7 @@ def test_a_gradient_that_waits_for_its_update_is_not_overwritten(drawn):
                 assert all(orders.before(update, store) for update in ops["adam", unit.index])
     within = model.tied and plan.update == "backward"
     rows, rest = ops["adam rows", 0], ops["adam rest", 0]
-    for store in ops["store", 0] + ops["store", model.head.index] * model.tied:
+    for store in ops["store rows", 0] + ops["store", model.head.index] * model.tied:
         assert all(orders.before(update, store, across=within) for update in rows + rest)
 
 
@@ -506,7 +506,7 @@ def test_one_layer_step_by_hand():
         ("recompute", 1),
         ("backward", 1),
         ("store", 1),
-        ("store", 0),
+        ("store rows", 0),
     ]
     # The embedding as the last step left it to do; then each unit as its gradient arrives.
     assert [(task.work.op, task.unit) for task in schedule.tasks if task.work.lane == CPU_ADAM] == [

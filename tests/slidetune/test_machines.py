@@ -538,7 +538,14 @@ def test_shipped_profiles_state_every_source(name):
 def test_a_profile_from_before_a_figure_was_known_has_its_default(tmp_path):
     later = {
         "gpu": ("gap_uploads_us", "gap_downloads_us", "gap_adam_factor"),
-        "host": ("upload_duplex_priority", "download_duplex_priority", "adam_call_us"),
+        "host": (
+            "upload_duplex_priority",
+            "download_duplex_priority",
+            "adam_call_us",
+            "gather_gbs",
+            "sum_rows_gbs",
+            "adam_rows_share",
+        ),
     }
     fields = files.dump(machine("rtx4090"))
     for part, names in later.items():
