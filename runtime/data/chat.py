@@ -37,8 +37,8 @@ class Chat:
         """Token ids of a conversation, and for each whether the assistant said it in message `learn_from` or later.
 
         An assistant's turn that opens a conversation counts only where the template marks it: no prompt asks for it.
-        Raises ValueError for messages that can't be rendered, SlidetuneError for a template by which the assistant's
-        turns can't be told.
+        Raises ValueError for messages that can't be rendered, SlidetuneError for a template that is not Jinja, or by
+        which the assistant's turns can't be told.
         """
         messages = [_message(message) for message in _listed(messages, "messages")]
         tools = _listed(tools, "tools") if tools else None
@@ -51,7 +51,8 @@ class Chat:
         return self._by_prefixes(messages, tools, learn_from)
 
     def all_tokens(self, messages: Any, tools: Any = None) -> list[int]:
-        """Token ids of a conversation. Raises ValueError for messages that can't be rendered."""
+        """Token ids of a conversation. Raises ValueError for messages that can't be rendered, SlidetuneError for a
+        template that is not Jinja."""
         messages = [_message(message) for message in _listed(messages, "messages")]
         return self._encode(self._render(messages, _listed(tools, "tools") if tools else None))
 
@@ -96,10 +97,16 @@ class Chat:
         return self._apply(messages, tools, tokenize=False, add_generation_prompt=prompted)
 
     def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, **how: Any) -> Any:
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
             return self._tokenizer.apply_chat_template(messages, tools=tools, chat_template=self._template, **how)
+        except TemplateSyntaxError as error:
+            # Not the row's fault: no row could be rendered.
+            raise SlidetuneError(
+                f"the chat template is not Jinja: {str(error.message).rstrip('.')} (line {error.lineno} of it).",
+                "Correct the template.",
+            ) from None
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise ValueError(f"has messages that its chat template refuses ({reason})") from None

@@ -157,7 +157,7 @@ def _check_rows(report: Report, max_faulty: float) -> None:
             f"{report.source}: {report.faulty:,} of {report.rows:,} rows can't be used, where {max_faulty:.4g} of them "
             f"may be: {'; '.join(report.fault_lines())}.",
             "A row is an object with text, with prompt and completion, with messages, or with input_ids and perhaps "
-            "labels. Correct these rows, or allow a larger share.",
+            "labels. Correct these rows, or allow a larger share: max_faulty (--max-faulty).",
         )
 
 

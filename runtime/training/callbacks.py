@@ -70,10 +70,10 @@ class Started:
                 f"{speed:,.0f} tokens/s, {_hours(all_s)} for {self.steps_left:,} steps."
             )
         tier, saved = self.nvme_step_bytes * self.steps_left, self.checkpoint_bytes * self.checkpoints
+        of_it = f"{_terabytes(tier + saved)}, {_terabytes(tier)} of it to the NVMe tier and " if tier else ""
         found.append(
-            f"To be written: {_terabytes(tier + saved)}, {_terabytes(tier)} of it to the NVMe tier and "
-            f"{_terabytes(saved)} in {self.checkpoints:,} checkpoint{'s' * (self.checkpoints != 1)} of "
-            f"{format_bytes(self.checkpoint_bytes)}."
+            f"To be written: {of_it}{_terabytes(saved)} in {self.checkpoints:,} "
+            f"checkpoint{'s' * (self.checkpoints != 1)} of {format_bytes(self.checkpoint_bytes)}."
         )
         if self.recipe.save_every is None:
             found.append("Nothing is saved before the last step (save_every, --save-every), but by SIGTERM and Ctrl-C.")

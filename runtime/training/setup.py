@@ -127,6 +127,18 @@ def data_for(recipe: Recipe, plan: Plan, folder: Path, tokens: Tokens, *, store:
         ) from None
 
 
+class _Trainer(SlidingTrainer):
+    """What it saves speaks as it was taught: with the recipe's chat template, where that has one."""
+
+    chat_template: str | None = None
+
+    def save_config(self, folder: str | Path) -> None:
+        super().save_config(folder)
+        if self.chat_template is not None:
+            # transformers takes this file rather than what the tokenizer's other files say.
+            (Path(folder) / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+
 def optimizer_of(recipe: Recipe) -> AdamW:
     """The optimizer's hyper-parameters."""
     beta1, beta2 = recipe.betas
@@ -137,6 +149,15 @@ def sliding_trainer(
     recipe: Recipe, plan: Plan, folder: Path, resumable: list[Resumed]
 ) -> tuple[SlidingTrainer, Resumed | None, list[Note]]:
     """The trainer, at the newest checkpoint that is whole; which one that is, and what should be said about it."""
+    template = _template(recipe.data.chat_template)
+    trainer, resumed, notes = _trainer(recipe, plan, folder, resumable)
+    trainer.chat_template = template
+    return trainer, resumed, notes
+
+
+def _trainer(
+    recipe: Recipe, plan: Plan, folder: Path, resumable: list[Resumed]
+) -> tuple[_Trainer, Resumed | None, list[Note]]:
     how = {
         "optimizer": optimizer_of(recipe),
         "device": recipe.device,
@@ -157,17 +178,15 @@ def sliding_trainer(
             text = f"Training goes on otherwise than {resumed.checkpoint.name} was trained: {'; '.join(changed)}."
             notes.append(Note(step=resumed.step, kind="resumed", text=text))
         return trainer, resumed, notes
-    return SlidingTrainer(folder, plan, **how), None, notes
+    return _Trainer(folder, plan, **how), None, notes
 
 
-def _resumed_trainer(
-    folder: Path, plan: Plan, checkpoint: Path, how: dict[str, Any]
-) -> tuple[SlidingTrainer, list[str]]:
+def _resumed_trainer(folder: Path, plan: Plan, checkpoint: Path, how: dict[str, Any]) -> tuple[_Trainer, list[str]]:
     changed = _changed_optimizer(checkpoint, how["optimizer"])
     if not changed:
-        return SlidingTrainer(folder, plan, checkpoint=checkpoint, **how), []
+        return _Trainer(folder, plan, checkpoint=checkpoint, **how), []
     # The checkpoint's hyper-parameters are refused otherwise; here new ones are meant.
-    trainer = SlidingTrainer(folder, plan, **how)
+    trainer = _Trainer(folder, plan, **how)
     try:
         load_into(trainer, checkpoint, same_optimizer=False)
     except BaseException:

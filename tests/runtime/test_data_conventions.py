@@ -172,6 +172,12 @@ def test_a_template_that_forgets_is_refused(document, tokenizer):
     assert learned(tokenizer, document({"messages": CHAT[1:3]}, FORGETS))[0].strip() == "<think>\n hi<|end|>"
 
 
+@pytest.mark.parametrize("assistant_only", [True, False])
+def test_a_template_that_is_not_jinja_is_no_fault_of_the_row(assistant_only, document):
+    with pytest.raises(SlidetuneError, match=r"the chat template is not Jinja: .* \(line 2 of it\)"):
+        document({"messages": CHAT}, "{% if messages %}\n{{ messages }", assistant_only=assistant_only)
+
+
 def test_content_in_parts_and_empty_fields_of_parquet(document):
     parts = [
         {"role": "user", "content": [{"type": "text", "text": "hello "}, {"type": "text", "text": "there"}]},

@@ -132,7 +132,7 @@ def test_faults_are_counted_and_shown_with_their_lines(tmp_path):
         BadFile, match=r"2 of 10 rows can't be used, where 0.19 of them may be: .*line 9 is not"
     ) as caught:
         ready(path, max_faulty=0.19)
-    assert "allow a larger share" in caught.value.hint
+    assert "allow a larger share: max_faulty (--max-faulty)" in caught.value.hint
 
 
 def test_many_faults(tmp_path):

@@ -281,6 +281,11 @@ def test_hours_and_terabytes(tmp_path):
     assert "To be written: 5 TB, 4 TB of it to the NVMe tier and 1 TB in 2 checkpoints of 466 GiB" in text
 
 
+def test_of_a_tier_that_is_not_used_nothing_is_said(tmp_path):
+    (line,) = (line for line in started(tmp_path).lines() if line.startswith("To be written"))
+    assert "NVMe" not in line
+
+
 # --- Reporters
 
 

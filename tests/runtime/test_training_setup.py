@@ -10,9 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 import huggingface_hub
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import slidetune
 from slidetune.errors import BadFile, SlidetuneError
+from slidetune.runtime.checkpoint import export
 from slidetune.runtime.data import byte_tokens, tokens_of
 from slidetune.runtime.training import setup
 from slidetune.runtime.training.pretrained import model_directory, tokens_for
@@ -170,6 +172,20 @@ def test_a_template_that_can_not_be_read(tmp_path, content):
     recipe = with_data(small_recipe(tmp_path), chat_template=str(file))
     with pytest.raises(BadFile, match="the chat template can't be read"):
         setup.data_for(recipe, small_plan(tmp_path), tmp_path / "model", byte_tokens(256))
+
+
+def test_the_recipes_template_goes_with_the_model(tmp_path):
+    """Also into one that goes on, and over the tokenizer's own."""
+    recipe = small_recipe(tmp_path, steps=1, warm_up_steps=0)
+    tokenizer(FORGETFUL).save_pretrained(tmp_path / "model")
+    put_rows(tmp_path / "talk.jsonl", [{"messages": TALK}] * 4)
+    (tmp_path / "marked.jinja").write_text(MARKED)
+    recipe = with_data(recipe, source=str(tmp_path / "talk.jsonl"), chat_template=str(tmp_path / "marked.jinja"))
+    for steps in (1, 2):
+        trained = slidetune.Trainer(dataclasses.replace(recipe, steps=steps)).fit(resume=True)
+        assert AutoTokenizer.from_pretrained(trained.model).chat_template == MARKED
+        export(trained.checkpoint, tmp_path / "exported")
+        assert AutoTokenizer.from_pretrained(tmp_path / "exported").chat_template == MARKED
 
 
 def test_a_model_that_can_not_keep_documents_apart_says_so(tmp_path, monkeypatch):
