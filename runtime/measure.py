@@ -30,7 +30,7 @@ from torch import Tensor
 from slidetune.hardware import Figure, Gpu, HardwareProfile, Host, Link, Nvme
 from slidetune.machines import DEFAULT_HOST, load_host
 from slidetune.runtime.adam import AdamW, adam_implementation, adam_rows, adam_step
-from slidetune.runtime.arena import Arena
+from slidetune.runtime.arena import Arena, available_bytes
 from slidetune.runtime.fits import (
     Assumed,
     Beside,
@@ -51,8 +51,8 @@ from slidetune.runtime.nvme import NvmeFile
 from slidetune.runtime.row_kernels import gather_rows, sum_rows
 from slidetune.units import GB, GIB, KIB, MIB, format_bytes
 
-# DRAM bytes that Adam over a split master moves for one parameter.
-_ADAM_BYTES = 26
+# DRAM bytes that Adam over a split master moves for one parameter, and bytes that its state and gradient have.
+_ADAM_BYTES, _STATE_BYTES = 26, 14
 # Where Adam has at least this many cores, plans leave one to the rest of the process.
 _MANY_CORES = 4
 
@@ -90,7 +90,10 @@ class Effort:
     """Of each measurement, at least; of copies of one size and of each mix less, since there are many."""
     copy_bytes: int = 256 * MIB
     params: int = 64 * MIB
-    """Parameters that Adam updates: far more than caches hold."""
+    """Parameters that a call of Adam updates."""
+    adam_bytes: int = 14 * GIB
+    """Memory that its calls go through in turn, as in training: many times what caches hold, which may be hundreds of
+    megabytes. No more than a quarter of the RAM that is free, and no less than one call's."""
     matrix: int = 8192
     """Rows of the matrix product on a GPU; an eighth on the CPU."""
     nvme_bytes: int = 2 * GIB
@@ -147,6 +150,9 @@ class _Bench:
         self.cores = min(cores, len(psutil.Process().cpu_affinity()))
         self.sizes = sorted({size for size in _LINK_SIZES if size < effort.copy_bytes} | {effort.copy_bytes})
         self.mixes = (*MIXES, *KERNEL_MIXES) if self.cuda else MIXES
+        # Parameters whose state calls of Adam go through.
+        calls = min(self.effort.adam_bytes, available_bytes() // 4) // (_STATE_BYTES * self.effort.params)
+        self.most = max(1, calls) * self.effort.params
         self.small_call = min(_SMALL_CALL, effort.params // 8)
         # In one call, enough kernels that waiting for the last doesn't count.
         self.kernels = max(100, round(1000 * effort.seconds))
@@ -158,7 +164,7 @@ class _Bench:
         return Arena(2 * self.effort.copy_bytes, pin=self.cuda, name="measurement")
 
     def adam_arena(self) -> Arena:
-        return Arena(14 * self.effort.params, name="Adam's measurement")
+        return Arena(_STATE_BYTES * self.most, name="Adam's measurement")
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
@@ -366,7 +372,7 @@ class _Bench:
 
     def rows(self, arena: Arena) -> dict[str, Figure]:
         """What the host does with rows of a matrix here and there: of its speed, what is left."""
-        params, threads = self.effort.params, self.threads
+        params, threads = self.most, self.threads
         # A matrix larger than caches, and a batch's tokens in it.
         table = arena.tensor(0, 7 * params, torch.bfloat16)[: 7 * params // _ROW * _ROW].view(-1, _ROW)
         state, gradient = self._adam_state(arena)
@@ -375,11 +381,11 @@ class _Bench:
         batches = [torch.randint(0, table.shape[0], (count,), generator=generator) for _ in range(8)]
         tokens, sums = (torch.zeros(count, _ROW, dtype=torch.bfloat16) for _ in range(2))
         parts = [torch.randperm(params // _ROW, generator=generator)[:count].sort().values for _ in range(8)]
-        places = torch.arange(count)
+        places, scattered = torch.arange(count), torch.randperm(count, generator=generator)
         state, dense = ([tensor[: params // _ROW * _ROW] for tensor in state], gradient[: params // _ROW * _ROW])
         actions = {
             "gather_gbs": _in_turn(lambda ids: gather_rows(table, ids, tokens, threads=threads), batches),
-            "sum_rows_gbs": lambda: sum_rows(tokens, places, sums, fresh=True, threads=threads),
+            "sum_rows_gbs": lambda: sum_rows(tokens, scattered, sums, fresh=True, threads=threads),
             "adam_rows_share": _in_turn(
                 lambda ids: adam_rows(
                     *state,
@@ -399,12 +405,13 @@ class _Bench:
         for name, action in actions.items():
             with self.step("embedding rows"):
                 seconds[name] = self._seconds_of(action, 0.3 * self.effort.seconds)
-        whole_s = self._seconds_of(self._adam(arena, params, threads), 0.3 * self.effort.seconds).value
+        call = self.effort.params
+        whole_s = self._seconds_of(self._adam(arena, call, threads), 0.3 * self.effort.seconds).value
         how = f"{count} rows of {2 * _ROW} bytes, {_threads(threads)}"
         values = {
             "gather_gbs": tokens.nbytes / seconds["gather_gbs"].value / GB,
             "sum_rows_gbs": tokens.nbytes / seconds["sum_rows_gbs"].value / GB,
-            "adam_rows_share": whole_s / params * count * _ROW / seconds["adam_rows_share"].value,
+            "adam_rows_share": whole_s / call * count * _ROW / seconds["adam_rows_share"].value,
         }
         return {name: self._figure(value, how, seconds[name].spread) for name, value in values.items()}
 
@@ -526,7 +533,7 @@ class _Bench:
 
     def _adam(self, arena: Arena, params: int, threads: int) -> Callable[[], None]:
         """Calls of Adam on so many parameters; on the next ones each time, so that no cache has them, if there are."""
-        most = self.effort.params
+        most = self.most
         state, gradient = self._adam_state(arena)
         parts = [
             [tensor[at : at + params] for tensor in (*state, gradient)] for at in range(0, most - params + 1, params)
@@ -535,7 +542,7 @@ class _Bench:
 
     def _adam_state(self, arena: Arena) -> tuple[tuple[Tensor, ...], Tensor]:
         """Halves of masters and moments, and gradients, of all parameters of the arena."""
-        most = self.effort.params
+        most = self.most
         return (
             arena.tensor(10 * most, most, torch.bfloat16),
             arena.tensor(8 * most, most, torch.int16),

@@ -112,13 +112,13 @@ class PriceList:
         host = self.profile.host
         say = Demand((), host.upload_priority.value, UPLOAD, host.upload_duplex_priority.value)
         price = self._copy(work, "h2d link", self.profile.link.h2d_gbs.value, host.upload_dram_weight.value, say)
-        return _after(price, work, host.gather_gbs.value) if work.op == "gather" else price
+        return self._with_rows(price, work, host.gather_gbs.value) if work.op == "gather" else price
 
     def _download(self, work: Work) -> Price:
         host = self.profile.host
         say = Demand((), host.download_priority.value, DOWNLOAD, host.download_duplex_priority.value)
         price = self._copy(work, "d2h link", self.profile.link.d2h_gbs.value, host.download_dram_weight.value, say)
-        return _after(price, work, host.sum_rows_gbs.value) if work.op == "store rows" else price
+        return self._with_rows(price, work, host.sum_rows_gbs.value) if work.op == "store rows" else price
 
     def _copy(self, work: Work, direction: str, gbs: float, dram_weight: float, say: Demand) -> Price:
         link, host = self.profile.link, self.profile.host
@@ -128,6 +128,18 @@ class PriceList:
             ("host DRAM", dram_weight * gbs * GB / host.dram_bytes_per_s),
         )
         return _price(link.latency_us.value * 1e-6 + work.bytes / (gbs * GB), replace(say, shares=shares))
+
+    def _with_rows(self, price: Price, work: Work, gbs: float) -> Price:
+        """The price of a copy before or after which threads of the host work on its rows at a rate of their own,
+        reading and writing them."""
+        host = self.profile.host
+        dram_s = dict(price.demand.shares)["host DRAM"] * price.alone_s + 2.0 * work.bytes / host.dram_bytes_per_s
+        alone_s = max(price.alone_s + work.bytes / (gbs * GB), dram_s)
+        copying = price.alone_s / alone_s
+        cores = host.cores.value
+        shares = {name: share * copying for name, share in price.demand.shares}
+        shares |= {"host DRAM": dram_s / alone_s, "CPU cores": min(work.threads, cores) / cores * (1.0 - copying)}
+        return Price(alone_s, replace(price.demand, shares=tuple(shares.items())))
 
     def _adam(self, work: Work) -> Price:
         host = self.profile.host
@@ -167,12 +179,6 @@ class PriceList:
             ("CPU cores", min(1.0, 1.0 / host.cores.value)),
         )
         return _price(work.bytes / (gbs * GB), Demand(shares))
-
-
-def _after(price: Price, work: Work, gbs: float) -> Price:
-    """The price of a copy before or after which the host works on its bytes at a rate of its own, which takes of DRAM
-    about what the copy does."""
-    return Price(price.alone_s + work.bytes / (gbs * GB), price.demand)
 
 
 def _price(seconds: float, full: Demand) -> Price:

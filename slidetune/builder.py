@@ -162,7 +162,7 @@ class _Step:
         late = self.trains_rows and (self.deferred or not self.tied)
         if late:
             self._update_embedding(self.touched, "rows", await_mark="norm" if self.deferred else "rows down")
-        work = self._work("gather", H2D, bytes=self.hidden_bytes)
+        work = self._work("gather", H2D, bytes=self.hidden_bytes, threads=self.plan.adam_threads)
         for m in self.micro_batches:
             held = self._take("saved inputs" if self._saved_on_gpu(0) else "hidden states")
             after = self.marks["rows updated",] if late else ()
@@ -309,7 +309,7 @@ class _Step:
 
     def _scatter(self) -> None:
         """The gradient of the embedding's rows comes down and, unless deferred, its rows are updated."""
-        work = self._work("store rows", D2H, bytes=self.hidden_bytes)
+        work = self._work("store rows", D2H, bytes=self.hidden_bytes, threads=self.plan.adam_threads)
         # Where the last step's gradient was applied in this one, its place is free once all rows have it.
         free = self.marks["rest updated",] if self.trains_rows and (self.deferred or not self.tied) else ()
         for m in self.micro_batches:

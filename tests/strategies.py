@@ -118,6 +118,8 @@ RATES = (
     "host.dram_gbs",
     "host.cores",
     "host.adam_gparams_per_core",
+    "host.gather_gbs",
+    "host.sum_rows_gbs",
     "nvme.read_gbs",
     "nvme.write_gbs",
 )

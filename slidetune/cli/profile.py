@@ -53,7 +53,9 @@ def profile(
         from slidetune.units import MIB
 
     chosen = chosen_device(device)
-    effort = Effort(seconds=0.1, copy_bytes=32 * MIB, params=8 * MIB, matrix=2048, nvme_bytes=128 * MIB)
+    effort = Effort(
+        seconds=0.1, copy_bytes=32 * MIB, params=8 * MIB, adam_bytes=512 * MIB, matrix=2048, nvme_bytes=128 * MIB
+    )
     try:
         with console.progress("measuring this machine") as advance:
             advance(0, 1, "memory")

@@ -92,7 +92,7 @@ def test_two_wrong_figures(first, second, factors):
         ("plain", "link.h2d_gbs", "uploads alone"),
         ("plain", "link.d2h_gbs", "downloads"),
         ("plain", "host.dram_gbs", "CPU Adam alone"),
-        ("plain", "host.download_dram_weight", "CPU Adam beside downloads"),
+        ("small transfers", "host.download_dram_weight", "CPU Adam beside downloads"),
         ("spilled", "nvme.mixed_share", "NVMe reads and writes together"),
         ("spilled", "nvme.write_gbs", "NVMe writes"),
         ("small transfers", "link.latency_us", "small transfers"),
