@@ -14,7 +14,7 @@ from slidetune.validating import validate_recorded
 
 RECORDED = Path(__file__).parents[2] / "traces" / "recorded"
 # The tuner's own plans, where other plans were recorded for the same work.
-TUNED = {"qwen3-4b-b8-s1024-liger-24gib", "llama-3.1-8b-b8-s1024-liger-24gib", "1b-b8-s1024"}
+TUNED = {"llama-3.1-8b-b8-s1024-liger-24gib", "1b-b8-s1024"}
 
 pytestmark = pytest.mark.skipif(
     not any(RECORDED.glob("*.json.gz")), reason="no runs are recorded in traces/recorded yet"
@@ -32,20 +32,30 @@ def test_there_are_enough_runs_and_all_can_be_compared_in_full(summary):
 
 
 @pytest.mark.xfail(
-    strict=True, reason="the median of 40 runs is 3.5 %: most GPUs work a few percent longer than profiled"
+    strict=True,
+    reason="the median is 5.4 %: Adam was profiled with a third of its memory in the CPU's caches (GPU-bound: 0.4 %)",
 )
 def test_step_time_median(summary):
     assert summary.step_time.median <= 0.03, step_errors(summary)
 
 
-@pytest.mark.xfail(strict=True, reason="the 95th percentile is 32.9 %: steps that launching kernels limits")
+@pytest.mark.xfail(strict=True, reason="the 95th percentile is 18.3 %: steps that CPU Adam limits, for the same reason")
 def test_step_time_p95(summary):
     assert summary.step_time.p95 <= 0.08, step_errors(summary)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the 95th percentile is 4.2 %: these runs held what is let go of during a pass since"
-)
+def test_steps_that_the_gpu_limits(summary):
+    """Of those the profile is right: no Adam comes in between."""
+    errors = {
+        run.run.name: run.step.error
+        for run in summary.runs
+        if run.run.measured.median_step_s > 1.5 * max(run.lanes["cpu_adam"].measured, 1e-9)
+        and run.run.plan.micro_batch * run.run.plan.seq_len >= 32768
+    }
+    assert len(errors) >= 6
+    assert max(map(abs, errors.values())) <= 0.015, errors
+
+
 def test_gpu_memory(summary):
     found = summary.memory("gpu")
     errors = {run.run.name: run.memory["gpu"].error for run in summary.runs}
