@@ -57,6 +57,8 @@ def replace_model(folder: str | Path, write: Callable[[Path], None]) -> None:
     """
     folder = Path(folder)
     staging = folder / ".saving"
+    if folder.exists() and not folder.is_dir():
+        raise SlidetuneError(f"{folder}: is a file.", "Give a directory; it is made if it is not there.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)

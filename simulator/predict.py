@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from slidetune.hardware import HardwareProfile
@@ -65,8 +66,10 @@ class Prediction:
             return name
         if lane in (NVME_READ, NVME_WRITE):
             return "NVMe drive (reads and writes together)" if contended else name
-        work = next(task.work for task in self.schedule.tasks if task.work.lane == lane)
-        asked = dict(PriceList(self.profile).price(work).demand.shares)
+        prices, works = PriceList(self.profile), Counter(t.work for t in self.schedule.tasks if t.work.lane == lane)
+        # By what most of the lane's time goes to.
+        work = max(works, key=lambda work: works[work] * prices.price(work).alone_s)
+        asked = dict(prices.price(work).demand.shares)
         if contended:
             # Of what it shares with other lanes, what the step asks most of.
             held_by = max(asked.keys() & _SHARED.keys(), key=self.bounds_s.__getitem__)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass, replace
 
+from slidetune.errors import SlidetuneError
 from slidetune.gpu_time import gpu_seconds
-from slidetune.hardware import HardwareProfile
+from slidetune.hardware import HardwareProfile, Nvme
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, Work
 from slidetune.simulator.kernel_times import KernelTimes
 from slidetune.simulator.sharing import ADAM, DOWNLOAD, UPLOAD, Demand, fair_speeds
@@ -166,15 +167,23 @@ class PriceList:
 
     def _read(self, work: Work) -> Price:
         # A read lands in DRAM as a download does, a write leaves it as an upload does.
-        return self._drive(work, self.profile.nvme.read_gbs.value, self.profile.host.download_dram_weight.value)
+        return self._drive(work, self._nvme().read_gbs.value, self.profile.host.download_dram_weight.value)
 
     def _write(self, work: Work) -> Price:
-        return self._drive(work, self.profile.nvme.write_gbs.value, self.profile.host.upload_dram_weight.value)
+        return self._drive(work, self._nvme().write_gbs.value, self.profile.host.upload_dram_weight.value)
+
+    def _nvme(self) -> Nvme:
+        if self.profile.nvme is None:
+            raise SlidetuneError(
+                f"{self.profile.name} has no NVMe drive, and the plan uses one.",
+                "`slidetune profile --nvme-dir DIR` measures it too.",
+            )
+        return self.profile.nvme
 
     def _drive(self, work: Work, gbs: float, dram_weight: float) -> Price:
         host = self.profile.host
         shares = (
-            ("NVMe drive", 1.0 / self.profile.nvme.mixed_share.value),
+            ("NVMe drive", 1.0 / self._nvme().mixed_share.value),
             ("host DRAM", dram_weight * gbs * GB / host.dram_bytes_per_s),
             ("CPU cores", min(1.0, 1.0 / host.cores.value)),
         )

@@ -255,10 +255,11 @@ def batch_text(recipe: Recipe, plan: Plan, epoch_steps: int) -> str:
     """What a training says at its start: the effective batch, tokens a step, steps an epoch and in all."""
     # Padding is no token to learn from.
     up_to = "" if recipe.data.packed else "up to "
+    total = total_steps(recipe, epoch_steps)
     return (
         f"{plan.batch:,} sequences a step (micro_batch {plan.micro_batch:,} x accumulation {plan.accumulation:,}), "
         f"{up_to}{plan.tokens:,} tokens a step, {epoch_steps:,} steps an epoch, "
-        f"{total_steps(recipe, epoch_steps):,} steps in all"
+        f"{total:,} step{'s' * (total > 1)} in all"
     )
 
 

@@ -226,6 +226,9 @@ def predicted_tokens_per_s(schedule: Schedule, machine: HardwareProfile | None) 
     """The speed the simulator foresees on this machine, if its profile is known."""
     if machine is None:
         return None
+    if machine.nvme is None and any(schedule.pools_of("nvme")):
+        console.err.print(f"No prediction: {machine.name} has no NVMe drive, and the plan uses one.", markup=False)
+        return None
     from slidetune.simulator.predict import predict
 
     return predict(schedule, machine).tokens_per_s

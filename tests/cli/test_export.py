@@ -57,6 +57,7 @@ def test_fp32_is_the_optimizers(trained, tmp_path):
     [
         (("nowhere", "-o", "out"), "nowhere: no checkpoint is here"),
         (("{run}", "-o", "out", "--dtype", "int4"), "dtype must be one of bf16, fp32"),
+        (("{run}", "-o", "{run}/plan.yaml"), "is a file"),
         (("{run}",), "--output"),
     ],
 )

@@ -143,6 +143,16 @@ def test_a_profile_that_lies_here_is_used(call, tmp_path):
     assert json.loads(call(*options))["predicted_tokens_per_s"] > 0
 
 
+def test_a_plan_that_uses_a_drive_beside_a_profile_without_one(call, tmp_path):
+    """It runs; only its speed can't be foreseen."""
+    plan = Plan(model=str(tmp_path), seq_len=32, adam_threads=1, window=2, optimizer_nvme=1)
+    write_plan(tmp_path / "plan.yaml", plan)
+    files.write(tmp_path / "profile.yaml", machine("rtx4090", cores=2, nvme="none"))
+    found = json.loads(call("--random-weights", "--steps", 1, "--json", "--nvme-dir", tmp_path))
+    assert found["predicted_tokens_per_s"] is None
+    assert len(found["losses"]) == 1
+
+
 @pytest.mark.usefixtures("no_model")
 def test_what_is_wrong_shows_before_a_model_is_loaded(call, tmp_path):
     for name, text in (("bad.jsonl", '{"words": 1}'), ("file", ""), ("bad.yaml", "gpu: 3")):

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from slidetune.builder import ADAM_BYTES_PER_PARAM, build
+from slidetune.errors import SlidetuneError
 from slidetune.gpu_time import gpu_seconds
 from slidetune.hardware import Figure
 from slidetune.machines import load_profile, machine
@@ -399,6 +400,40 @@ def test_a_link_faster_than_dram_moves_bytes_as_fast_as_dram_does():
     slow = RTX4090.scaled("host.dram_gbs", 0.01)
     rate = slow.host.dram_bytes_per_s / slow.host.download_dram_weight.value
     assert alone(Work(op="store", lane=D2H, bytes=64 * GIB), slow) == pytest.approx(64 * GIB / rate, rel=1e-3)
+
+
+@pytest.mark.parametrize("lane", [NVME_READ, NVME_WRITE])
+def test_a_machine_without_a_drive_says_so(lane):
+    with pytest.raises(SlidetuneError, match="has no NVMe drive") as caught:
+        alone(Work(op="x", lane=lane, bytes=GIB), machine("rtx4090", nvme="none"))
+    assert "--nvme-dir" in caught.value.hint
+
+
+def rows_profile(**figures):
+    profile = machine("rtx4090", nvme="none")
+    for name, value in figures.items():
+        profile = profile.replaced(f"host.{name}", Figure(value))
+    return profile
+
+
+@pytest.mark.parametrize(("op", "lane", "figure"), [("gather", H2D, "gather_gbs"), ("store rows", D2H, "sum_rows_gbs")])
+def test_rows_take_their_copy_and_the_hosts_own_time(op, lane, figure):
+    profile = rows_profile(**{figure: 10.0})
+    copy, rows = (Work(op=name, lane=lane, bytes=GIB, threads=4) for name in ("fetch", op))
+    assert alone(rows, profile) == pytest.approx(alone(copy, profile) + GIB / 10e9)
+    # While the host works on them its threads have cores.
+    assert dict(PriceList(profile).price(rows).demand.shares)["CPU cores"] > 0
+    # Twice as fast a rate is no more than that: DRAM has to give it.
+    quick = rows_profile(**{figure: 1e6})
+    assert alone(rows, quick) >= 2 * GIB / quick.host.dram_bytes_per_s
+
+
+def test_scattered_rows_are_updated_at_their_share_of_adams_speed():
+    profile = rows_profile(adam_rows_share=0.5)
+    rest, rows = (
+        Work(op=op, lane=CPU_ADAM, params=10**8, param_bytes=26.0, threads=8) for op in ("adam rest", "adam rows")
+    )
+    assert alone(rows, profile) == pytest.approx(2 * alone(rest, profile))
 
 
 def test_reads_and_writes_share_one_drive():
