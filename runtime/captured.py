@@ -4,10 +4,11 @@ A task finds its buffers in the same slots in every step, so in every step its k
 addresses. They are recorded once and from then on launched together. Masks and rotary embeddings, which are made anew
 in each step, are copied to where the recorded kernels read them.
 
-A micro-batch's first step runs as it is: libraries set themselves up, compilers compile. A second one whose arguments
-are of the same form is recorded, later ones are replayed. One of another form runs as it is and takes the recordings'
-place, so that memory is never needed twice. Python runs while a pass is recorded and not while it is replayed: models
-with hooks in their layers are not recorded, and a hook added later is not called.
+A pass runs as it is once: libraries set themselves up, compilers compile. In a later step whose arguments are of the
+same form, of all its micro-batches, it is recorded, and from then on replayed. A step of another form runs as it is and
+takes the place of all recordings: what is recorded uses memory that the allocator takes to be free, so within a step
+either all passes are or none. Python runs while a pass is recorded and not while it is replayed: models with hooks in
+their layers are not recorded, and a hook added later is not called.
 
 Passes, recorded or not, and the head take their memory from one pool of torch's allocator, in the lane's order, so
 that recording takes none a second time. What a pass keeps for its backward pass stays allocated for good: the
@@ -51,29 +52,28 @@ class Passes:
 
     def __init__(self, record: Record | None = None, pool: Any = None) -> None:
         self._record, self._pool = record, pool
-        self._states: dict[int, _State] = {}
-        self._recording: _State | None = None
-
-    @property
-    def recording(self) -> bool:
+        self._state = _State()
+        self.recording = False
         """Whether the pass under way is being recorded."""
-        return self._recording is not None
 
     def bind(self, m: int, body: Body) -> Callable[[Step], None]:
         """The pass `body` of the step's micro-batch `m` as a task of a lane."""
-        recorded: tuple[int, Callable[[], None]] | None = None
+        state, replay, ran, recorded = self._state, None, 0, 0
 
         def run(step: Step) -> None:
-            nonlocal recorded
-            batch = step.micro_batches[m]
-            state = self._state(m, batch)
-            if state is None or state.fixed is None:
+            nonlocal replay, ran, recorded
+            batches = step.micro_batches
+            if self._record is not None and state.batches is not batches:
+                state.take(batches)
+            now = state.generation
+            if state.fixed is None or ran != now:
                 with self.memory():
-                    body(step, batch)
+                    body(step, batches[m])
+                ran = now
                 return
-            if recorded is None or recorded[0] != state.generation:
-                recorded = state.generation, self._recorded(state, lambda: body(step, state.fixed))
-            recorded[1]()
+            if recorded != now:
+                replay, recorded = self._recorded(lambda: body(step, state.fixed[m])), now
+            replay()
 
         return run
 
@@ -83,58 +83,52 @@ class Passes:
 
     def keep(self, graph: Any) -> None:
         """Keep what autograd has of the forward pass being recorded, and so the memory of what it saved."""
-        self._recording.kept.append(graph)
+        self._state.kept.append(graph)
 
-    def _recorded(self, state: _State, body: Callable[[], None]) -> Callable[[], None]:
-        self._recording = state
+    def _recorded(self, body: Callable[[], None]) -> Callable[[], None]:
+        self.recording = True
         try:
             return self._record(body)
         finally:
-            self._recording = None
-
-    def _state(self, m: int, batch: MicroBatch) -> _State | None:
-        """How a micro-batch's passes run; None if nothing is ever recorded."""
-        if self._record is None:
-            return None
-        state = self._states.setdefault(m, _State())
-        if state.batch is not batch:
-            state.take(batch)
-        return state
+            self.recording = False
 
 
 class _State:
-    """How the passes of the step's m-th micro-batch run at the moment."""
+    """How the passes of the step under way run."""
 
-    __slots__ = ("batch", "fixed", "form", "generation", "kept")
+    __slots__ = ("batches", "fixed", "form", "generation", "kept")
 
     def __init__(self) -> None:
-        self.batch: MicroBatch | None = None
-        """The one whose passes are under way."""
+        self.batches: list[MicroBatch] | None = None
+        """The step's."""
         self.form: Any = None
-        """Of its arguments."""
-        self.fixed: _FixedInputs | None = None
-        """Where recorded passes read them; None if its passes run as they are."""
+        """Of all their arguments."""
+        self.fixed: list[_FixedInputs] | None = None
+        """By micro-batch, where recorded passes read them; None if passes run as they are."""
         self.generation = 0
-        """Recordings of other generations are out of date."""
+        """Counts changes of form: recordings of other generations are out of date."""
         self.kept: list[Any] = []
 
-    def take(self, batch: MicroBatch) -> None:
-        """Go on to the next step's micro-batch."""
-        arguments = Arguments.of(batch.calls)
-        form = None if arguments is None else (batch.shape, arguments.form)
+    def take(self, batches: list[MicroBatch]) -> None:
+        """Go on to the next step."""
+        arguments = [Arguments.of(batch.calls) for batch in batches]
+        form = None
+        if None not in arguments:
+            form = [(batch.shape, one.form) for batch, one in zip(batches, arguments, strict=True)]
         same = form is not None and form == self.form
-        self.batch, self.form = batch, form
+        self.batches, self.form = batches, form
         if not same:
             if self.fixed is not None:
                 # Replays under way use what is given up here.
-                self.fixed.synchronize()
+                self.fixed[0].synchronize()
             self.fixed = None
             self.generation += 1
             self.kept.clear()
             return
         if self.fixed is None:
-            self.fixed = _FixedInputs(arguments)
-        self.fixed.take(arguments)
+            self.fixed = [_FixedInputs(one) for one in arguments]
+        for fixed, one in zip(self.fixed, arguments, strict=True):
+            fixed.take(one)
 
 
 def cuda_passes(device: torch.device) -> Passes:

@@ -65,6 +65,8 @@ def _counted(model: nn.Module, name: str) -> ModelSpec:
         like,
         family=f"{config.model_type} (as llama)",
         tied=tied,
+        # What its layers do is not known here.
+        same_kernels=False,
         units=(
             replace(like.embedding, params=embedded, largest_tensor=tokens.numel()),
             *layers,

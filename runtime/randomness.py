@@ -15,19 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-_WORDS = ("dropout", "pdrop", "jitter")
+from slidetune import families
 
 
 def draws_random_numbers(model: nn.Module) -> bool:
     """Whether the model in training mode has any dropout or routing noise."""
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        return True
-    config = model.config.to_dict()
-    return any(
-        # A summary is what models with another head make.
-        isinstance(value, float) and value > 0 and any(word in name for word in _WORDS) and "summary" not in name
-        for name, value in config.items()
-    )
+    dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    return dropout or families.draws_random_numbers(model.config.to_dict())
 
 
 def seed_of(seed: int, step: int, unit: int, micro_batch: int) -> int:

@@ -529,8 +529,12 @@ class SlidingTrainer:
         self._lanes = Lanes(self.schedule, self._operations.run, self.device, awaited=[self._head_task])
 
     def _passes(self) -> Passes:
-        """How passes of layers run. Random numbers are seeded pass by pass, and a user's hooks want to be called."""
-        as_they_are = self._randomness.active or _has_hooks(self.parts.layers)
+        """How passes of layers run. Random numbers are seeded pass by pass, a user's hooks want to be called, and other
+        kinds of attention than torch's look at their masks on the host."""
+        attention = getattr(self.parts.model.config, "_attn_implementation", None)
+        as_they_are = (
+            self._randomness.active or _has_hooks(self.parts.layers) or attention not in (None, "eager", "sdpa")
+        )
         recorded = captured(self.plan, self.spec) and _records(self.device) and not as_they_are
         return cuda_passes(self.device) if recorded else Passes()
 

@@ -303,6 +303,11 @@ FAMILIES: dict[str, Callable[[Fields], Skeleton]] = {
 }
 
 
+_RANDOM = ("dropout", "pdrop", "jitter")
+# What a config that leaves them out has.
+_GPT2_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
 def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     """The `ModelSpec` of a Hugging Face decoder-only config.
 
@@ -317,7 +322,17 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     if not isinstance(family, str) or family not in FAMILIES:
         supported = ", ".join([*FAMILIES, "gemma3 (its text tower)"])
         raise SlidetuneError(f"{name}: model_type {family!r} is not supported.", f"Supported: {supported}.")
-    return assemble(FAMILIES[family](Fields(config, name)), name, family)
+    return assemble(FAMILIES[family](Fields(config, name)), name, family, draws=draws_random_numbers(config))
+
+
+def draws_random_numbers(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this config has dropout or routing noise in training."""
+    defaults = dict.fromkeys(_GPT2_DROPOUT, 0.1) if config.get("model_type") == "gpt2" else {}
+    return any(
+        # A summary is what models with another head make.
+        isinstance(value, float) and value > 0 and any(word in name for word in _RANDOM) and "summary" not in name
+        for name, value in (defaults | dict(config)).items()
+    )
 
 
 def _text_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -70,8 +70,6 @@ class Unit:
     added to the accumulator."""
     matmul_elements: int
     """Weight elements one token is multiplied with (of a mixture, the active experts only)."""
-    experts: int = 0
-    """Of a mixture, of which each token is sent to some; 0 where there is none."""
     attention_width: int = 0
     """Query heads times head size; 0 where there is no attention."""
     attention_span: int | None = None
@@ -129,6 +127,9 @@ class ModelSpec:
     """The head reads the embedding's matrix."""
     max_seq_len: int
     units: tuple[Unit, ...]
+    same_kernels: bool = False
+    """Every step's passes launch the same kernels with the same arguments: there are no experts and no dropout, and
+    the family is known."""
 
     @property
     def layers(self) -> tuple[Unit, ...]:

@@ -273,11 +273,11 @@ def late_units(plan: Plan, model: ModelSpec) -> frozenset[int]:
 def captured(plan: Plan, model: ModelSpec) -> bool:
     """Whether passes of layers run as CUDA graphs, which are launched as one kernel is: those of small micro-batches.
 
-    A mixture's can't, since which expert gets how many tokens is another in each step; nor can passes whose inner
-    activations leave the GPU, since they come back elsewhere.
+    Their kernels have to be the same in every step: a mixture's are not, nor are passes with dropout, or those whose
+    inner activations leave the GPU, since they come back elsewhere.
     """
     small = plan.micro_batch * plan.seq_len <= CAPTURED_TOKENS
-    return small and not plan.recompute.offload and not any(unit.experts for unit in model.layers)
+    return small and model.same_kernels and not plan.recompute.offload
 
 
 def _spread_within(eligible: list[bool], chosen: int) -> list[bool]:

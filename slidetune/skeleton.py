@@ -22,8 +22,8 @@ class Skeleton:
     head_bias: bool = False
 
 
-def assemble(skeleton: Skeleton, name: str, family: str) -> ModelSpec:
-    """The units of a skeleton, with embedding and head, as a `ModelSpec`."""
+def assemble(skeleton: Skeleton, name: str, family: str, *, draws: bool) -> ModelSpec:
+    """The units of a skeleton, with embedding and head, as a `ModelSpec`. `draws`: training draws random numbers."""
     first = skeleton.layers[0]
     hidden, vocab, norm = first.hidden, skeleton.vocab, first.norm
     costs = {shape: _layer_figures(shape) for shape in set(skeleton.layers)}
@@ -37,6 +37,7 @@ def assemble(skeleton: Skeleton, name: str, family: str) -> ModelSpec:
         tied=skeleton.tied,
         max_seq_len=skeleton.max_seq_len,
         units=(_embedding(skeleton, hidden), *layers, head),
+        same_kernels=not draws and not any(shape.experts for shape in skeleton.layers),
     )
 
 
@@ -47,7 +48,6 @@ def _layer_figures(shape: LayerShape) -> dict[str, Any]:
         "weight_elements": shape.params,
         "largest_tensor": shape.largest_tensor,
         "matmul_elements": shape.matmul_elements,
-        "experts": shape.experts,
         "attention_width": shape.query,
         "attention_span": shape.span,
         "eager": layer_costs(shape, fused=False),

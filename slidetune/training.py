@@ -194,7 +194,10 @@ def _guessed_machine(recipe: Recipe) -> HardwareProfile:
         )
     drive = "none"
     if recipe.nvme_dir is not None:
-        free = shutil.disk_usage(Path(recipe.nvme_dir).expanduser()).free
+        try:
+            free = shutil.disk_usage(Path(recipe.nvme_dir).expanduser()).free
+        except OSError as error:
+            raise SlidetuneError(f"{recipe.nvme_dir}: {error.strerror}.", "Give a folder that is there.") from None
         preset = machine(card).nvme
         drive = f"{free / GB:.0f}GB:{preset.read_gbs.value:g}/{preset.write_gbs.value:g}"
     guessed = machine(

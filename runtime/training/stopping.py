@@ -34,10 +34,15 @@ def signals_ask(stop: Stop) -> Iterator[None]:
 
     def note(number: int, _: object) -> None:
         stop.ask(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        give_back(signal.SIGINT)
         # What prints through buffers may not be called from here.
         with contextlib.suppress(OSError):
             os.write(2, _WORDS)
+
+    def give_back(number: int) -> None:
+        handler = before[number]
+        # None: it was not set from Python, and can't be from here.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:
@@ -45,6 +50,5 @@ def signals_ask(stop: Stop) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            # None: it was not set from Python, and can't be from here.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in before:
+            give_back(number)
