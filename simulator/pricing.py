@@ -146,8 +146,11 @@ class PriceList:
         host = self.profile.host
         streaming = self._on_cores(work, host.adam_gparams_per_core.value)
         if work.op == "adam rows":
-            share = host.adam_rows_share.value
-            slower = tuple((name, amount * share) for name, amount in streaming.demand.shares)
+            share = min(1.0, host.adam_rows_share.value)
+            # Its threads are as busy, only slower.
+            slower = tuple(
+                (name, part * (share if name == "host DRAM" else 1.0)) for name, part in streaming.demand.shares
+            )
             streaming = Price(streaming.alone_s / share, replace(streaming.demand, shares=slower))
         return Price(host.adam_call_us.value * 1e-6 + streaming.alone_s, replace(streaming.demand, role=ADAM))
 

