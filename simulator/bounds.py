@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, Schedule
+from slidetune.schedule import LANE_NAMES, Schedule
 from slidetune.simulator.pricing import PriceList
-
-LANE_NAMES = {
-    GPU: "GPU compute",
-    H2D: "uploads",
-    D2H: "downloads",
-    CPU_ADAM: "CPU Adam",
-    NVME_READ: "NVMe reads",
-    NVME_WRITE: "NVMe writes",
-    "link": "transfers",
-    "convert": "conversion to bf16",
-}
 
 
 def bounds_s(schedule: Schedule, prices: PriceList) -> dict[str, float]:

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from slidetune.hardware import HardwareProfile
-from slidetune.schedule import GPU, NVME_READ, NVME_WRITE, TIERS, Schedule
+from slidetune.schedule import GPU, LANE_NAMES, NVME_READ, NVME_WRITE, TIERS, Schedule
 from slidetune.simulator.bottleneck import LaneShare, critical_path, lane_shares, steady
-from slidetune.simulator.bounds import LANE_NAMES, bounds_s
+from slidetune.simulator.bounds import bounds_s
 from slidetune.simulator.engine import simulate
 from slidetune.simulator.memory import TierMemory, tier_memory
 from slidetune.simulator.pricing import PriceList

@@ -30,6 +30,9 @@ _NVME_EXAMPLES = "Example: 2TB:7/5 for 2 TB, reading 7 and writing 5 GB/s; or no
 _SIZE_UNITS = {"gb": 1.0, "tb": 1e3, "gib": 2**30 / GB, "tib": 2**40 / GB}
 _NUMBER = r"\d+(?:\.\d+)?"
 
+# Where `slidetune profile` writes unless told otherwise.
+PROFILE_HERE = Path("profile.yaml")
+
 # Figures that may be zero in a profile; any other zero would divide.
 _MAY_BE_ZERO = {
     "gpu.launch_us",

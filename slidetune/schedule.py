@@ -19,6 +19,16 @@ from typing import NamedTuple
 GPU, H2D, D2H, CPU_ADAM = "gpu", "h2d", "d2h", "cpu_adam"
 NVME_READ, NVME_WRITE = "nvme_read", "nvme_write"
 LANES = (GPU, H2D, D2H, CPU_ADAM, NVME_READ, NVME_WRITE)
+LANE_NAMES = {
+    GPU: "GPU compute",
+    H2D: "uploads",
+    D2H: "downloads",
+    CPU_ADAM: "CPU Adam",
+    NVME_READ: "NVMe reads",
+    NVME_WRITE: "NVMe writes",
+    "link": "transfers",
+    "convert": "conversion to bf16",
+}
 
 TIERS = ("gpu", "ram", "nvme")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +19,8 @@ from typing import TYPE_CHECKING
 from slidetune import api
 from slidetune.errors import SlidetuneError
 from slidetune.hardware import HardwareProfile
-from slidetune.machines import adapted, catalog_card, load_profile, machine
+from slidetune.installed import check_runtime
+from slidetune.machines import PROFILE_HERE, adapted, catalog_card, load_profile, machine
 from slidetune.models import in_catalog, load_model
 from slidetune.plan_file import read_plan, write_plan
 from slidetune.plans import Plan
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from slidetune.runtime.trainer import SlidingTrainer
     from slidetune.runtime.training.callbacks import Callback, Predicted, Trained
 
-# Where `slidetune profile` writes unless told otherwise.
-PROFILE_HERE = Path("profile.yaml")
 _MEASURE_DRIVE = "`slidetune profile --nvme-dir DIR` measures it too."
 
 
@@ -77,7 +75,7 @@ class Trainer:
                 on.
             CheckpointFailed: the last checkpoint could not be saved.
         """
-        _check_runtime()
+        check_runtime("training")
         from slidetune.runtime.checkpoint import Checkpoints
         from slidetune.runtime.training import loop, setup
         from slidetune.runtime.training.callbacks import Callbacks, Note
@@ -167,12 +165,6 @@ def _predicted(trainer: SlidingTrainer, profile: HardwareProfile) -> Predicted:
     for step in work_by_step(found.trace).values():
         work.update(step)
     return Predicted(step_s=found.step_s, work_s=work, machine=profile.name)
-
-
-def _check_runtime() -> None:
-    for name in ("torch", "transformers"):
-        if importlib.util.find_spec(name) is None:
-            raise SlidetuneError(f"training needs {name}, which is not installed.", 'pip install "slidetune[runtime]"')
 
 
 def _guessed_machine(recipe: Recipe) -> HardwareProfile:

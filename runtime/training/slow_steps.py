@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slidetune.runtime.training.callbacks import Note, Predicted, StepDone
-from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE
+from slidetune.schedule import LANE_NAMES
 from slidetune.trace import TraceRow
 from slidetune.units import format_seconds
 
@@ -30,14 +30,6 @@ _REST = 3
 # A cause must make up this share of the time that was lost.
 _CAUSE = 0.25
 _PREDICTION = "the prediction"
-_LANES = {
-    GPU: "GPU compute",
-    H2D: "uploads",
-    D2H: "downloads",
-    CPU_ADAM: "CPU Adam",
-    NVME_READ: "NVMe reads",
-    NVME_WRITE: "NVMe writes",
-}
 
 Work = Mapping[tuple[str, str], float]
 """Busy seconds of a step by lane and operation."""
@@ -124,7 +116,7 @@ def explained(
         fields["cause"] = "data"
     elif excess is not None and more_s > _CAUSE * lost_s:
         why = (
-            f"{_LANES.get(excess.lane, excess.lane)} worked for {format_seconds(excess.busy_s)} in place of "
+            f"{LANE_NAMES.get(excess.lane, excess.lane)} worked for {format_seconds(excess.busy_s)} in place of "
             f"{format_seconds(excess.usual_s)}, most of the difference in {excess.op}"
         )
         fields |= {"cause": "lane", "lane": excess.lane, "operation": excess.op}

@@ -12,8 +12,7 @@ from slidetune.api import Fit, Planned, Priced
 from slidetune.hardware import HardwareProfile
 from slidetune.model import ModelSpec
 from slidetune.plans import Plan, knobs
-from slidetune.schedule import TIERS
-from slidetune.simulator.bounds import LANE_NAMES
+from slidetune.schedule import LANE_NAMES, TIERS
 from slidetune.simulator.memory import TierMemory
 from slidetune.simulator.predict import Prediction
 from slidetune.traces.labels import TIER_LABELS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,7 +14,8 @@ import typer
 from slidetune.cli import console
 from slidetune.cli.results import check_writable
 from slidetune.errors import BadFile, SlidetuneError
-from slidetune.machines import load_profile
+from slidetune.installed import check_runtime
+from slidetune.machines import PROFILE_HERE, load_profile
 from slidetune.models import load_model
 from slidetune.plan_file import read_plan
 from slidetune.units import format_bytes, format_count, format_seconds
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from slidetune.schedule import Schedule
 
 SYNTHETIC = "synthetic"
-# Where `slidetune profile` writes unless told otherwise.
-PROFILE_HERE = Path("profile.yaml")
 INTERRUPTED = 130
 # Validation and reports want a few steady steps, not a file as long as the training.
 _TRACED_STEPS = 8
@@ -215,11 +213,7 @@ def check_weights_folder(ref: str) -> None:
 
 def torch_is_there() -> None:
     """Raise SlidetuneError where the runtime's libraries are not installed. Loads nothing."""
-    for name in ("torch", "transformers"):
-        if importlib.util.find_spec(name) is None:
-            raise SlidetuneError(
-                f"running a plan needs {name}, which is not installed.", 'pip install "slidetune[runtime]"'
-            )
+    check_runtime("running a plan")
 
 
 def predicted_tokens_per_s(schedule: Schedule, machine: HardwareProfile | None) -> float | None:

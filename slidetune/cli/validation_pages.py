@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from slidetune.simulator.bounds import LANE_NAMES
+from slidetune.schedule import LANE_NAMES
 from slidetune.traces.labels import MEMORY_LABELS
 from slidetune.traces.validation import Beside, Spread, Summary, Validation
 from slidetune.units import format_bytes, format_seconds

@@ -222,12 +222,17 @@ def test_a_closed_trainer():
         trainer.evaluate(next(random_batches(LLAMA, plan, 1)))
 
 
+def breakable_model():
+    """A model, and a list whose one element says whether it computes NaN."""
+    model, broken = make_model(LLAMA), [False]
+    model.model.layers[1].register_forward_hook(lambda module, inputs, out: out * float("nan") if broken[0] else out)
+    return model, broken
+
+
 def test_a_loss_that_is_no_number_is_returned_and_nothing_is_harmed():
     plan = Plan(model="llama", **SIZES)
     good, bad = random_batches(LLAMA, plan, 2)
-    model = make_model(LLAMA)
-    broken = [False]
-    model.model.layers[1].register_forward_hook(lambda module, inputs, out: out * float("nan") if broken[0] else out)
+    model, broken = breakable_model()
     with SlidingTrainer(model, plan, optimizer=OPTIMIZER, device=DEVICE) as trainer:
         expected = trainer.evaluate(good)
         broken[0] = True
@@ -239,9 +244,7 @@ def test_a_loss_that_is_no_number_is_returned_and_nothing_is_harmed():
 def test_after_a_step_that_was_refused():
     plan = Plan(model="llama", **SIZES)
     good, bad = random_batches(LLAMA, plan, 2)
-    model = make_model(LLAMA)
-    broken = [False]
-    model.model.layers[1].register_forward_hook(lambda module, inputs, out: out * float("nan") if broken[0] else out)
+    model, broken = breakable_model()
     with SlidingTrainer(model, plan, optimizer=OPTIMIZER, device=DEVICE) as trainer:
         expected = trainer.evaluate(good)
         broken[0] = True

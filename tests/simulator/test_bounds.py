@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from slidetune.builder import build
 from slidetune.hardware import Figure
-from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, LANES, NVME_READ, NVME_WRITE
-from slidetune.simulator.bounds import LANE_NAMES, bounds_s
+from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, LANE_NAMES, LANES, NVME_READ, NVME_WRITE
+from slidetune.simulator.bounds import bounds_s
 from slidetune.simulator.engine import simulate
 from slidetune.simulator.pricing import PriceList
 

@@ -9,8 +9,7 @@ from slidetune.builder import build, build_forward
 from slidetune.machines import machine
 from slidetune.models import load_model
 from slidetune.plans import Activations, Plan
-from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE
-from slidetune.simulator.bounds import LANE_NAMES
+from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, LANE_NAMES, NVME_READ, NVME_WRITE
 from slidetune.simulator.engine import simulate
 from slidetune.simulator.predict import predict
 from slidetune.simulator.pricing import PriceList
