@@ -89,6 +89,10 @@ class Effort:
     seconds: float = 1.0
     """Of each measurement, at least; of copies of one size and of each mix less, since there are many."""
     copy_bytes: int = 256 * MIB
+    """Of the largest copy."""
+    copies_bytes: int = 4 * GIB
+    """Host memory that copies both ways go through in turn, as Adam's calls through theirs. No more than an eighth of the
+    RAM that is free, and no less than one copy each way."""
     params: int = 64 * MIB
     """Parameters that a call of Adam updates."""
     adam_bytes: int = 14 * GIB
@@ -153,6 +157,8 @@ class _Bench:
         # Parameters whose state calls of Adam go through.
         calls = min(self.effort.adam_bytes, available_bytes() // 4) // (_STATE_BYTES * self.effort.params)
         self.most = max(1, calls) * self.effort.params
+        copies = min(self.effort.copies_bytes, available_bytes() // 8) // (2 * self.effort.copy_bytes)
+        self.copies_each_way = max(1, copies)
         self.small_call = min(_SMALL_CALL, effort.params // 8)
         # In one call, enough kernels that waiting for the last doesn't count.
         self.kernels = max(100, round(1000 * effort.seconds))
@@ -161,7 +167,8 @@ class _Bench:
         self.total = 2 * len(self.sizes) + adam + PASSES * len(self.mixes) + (3 if drive else 0) + 6
 
     def arena(self) -> Arena:
-        return Arena(2 * self.effort.copy_bytes, pin=self.cuda, name="measurement")
+        size = 2 * self.copies_each_way * self.effort.copy_bytes
+        return Arena(size, pin=self.cuda, name="measurement")
 
     def adam_arena(self) -> Arena:
         return Arena(_STATE_BYTES * self.most, name="Adam's measurement")
@@ -294,16 +301,16 @@ class _Bench:
         up, down = self._ends(arena)
         found = _SizedCopies(self.sizes, [], [])
         for size in self.sizes:
-            for name, (target, source), seconds in (("up", up, found.up), ("down", down, found.down)):
+            for name, ends, seconds in (("up", up, found.up), ("down", down, found.down)):
                 with self.step(f"copies of {format_bytes(size)} {name}"):
-                    copy = self._copy(target[:size], source[:size])
+                    copy = self._copy([(target[:size], source[:size]) for target, source in ends])
                     seconds.append(self._seconds_of(copy, 0.5 * self.effort.seconds))
         return found
 
     def large_copies(self, arena: Arena) -> dict[str, Callable[[], None]]:
         """One copy each way; each waits for its end."""
         up, down = self._ends(arena)
-        return {UP: self._copy(*up), DOWN: self._copy(*down)}
+        return {UP: self._copy(up), DOWN: self._copy(down)}
 
     def link(self, copies: _SizedCopies, passes: Sequence[Rates]) -> Link:
         fit = fit_link(copies.sizes, *([time.value for time in times] for times in (copies.up, copies.down)))
@@ -327,24 +334,26 @@ class _Bench:
             latency_us=self._figure(fit.latency_s * 1e6, sizes, max(copies.up[0].spread, copies.down[0].spread)),
         )
 
-    def _ends(self, arena: Arena) -> list[tuple[Tensor, Tensor]]:
-        """Target and source of the largest copy up and down."""
-        size = self.effort.copy_bytes
-        here = [arena.tensor(at, size, torch.uint8) for at in (0, size)]
+    def _ends(self, arena: Arena) -> list[list[tuple[Tensor, Tensor]]]:
+        """Target and source of the largest copies up, and of those down."""
+        size, count = self.effort.copy_bytes, self.copies_each_way
+        here = [arena.tensor(number * size, size, torch.uint8) for number in range(2 * count)]
         there = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        return [(there[0], here[0]), (here[1], there[1])]
+        return [[(there[0], source) for source in here[:count]], [(target, there[1]) for target in here[count:]]]
 
-    def _copy(self, target: Tensor, source: Tensor) -> Callable[[], None]:
+    def _copy(self, ends: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+        """Copies between one target and source after the other, so that no cache has them; each waits for its end."""
         if not self.cuda:
-            return lambda: target.copy_(source)
+            return _in_turn(lambda pair: pair[0].copy_(pair[1]), ends)
         stream = torch.cuda.Stream(self.device)
 
-        def copy() -> None:
+        def copy(pair: tuple[Tensor, Tensor]) -> None:
+            target, source = pair
             with torch.cuda.stream(stream):
                 target.copy_(source, non_blocking=True)
             stream.synchronize()
 
-        return copy
+        return _in_turn(copy, ends)
 
     # ---- host ---------------------------------------------------------------------------------------------
 

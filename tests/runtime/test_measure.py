@@ -43,7 +43,15 @@ MAY_BE_ZERO = (
     "link.latency_us",
     "host.adam_call_us",
 )
-QUICK = Effort(seconds=0.02, copy_bytes=MIB, params=MIB, adam_bytes=32 * MIB, matrix=512, nvme_bytes=4 * MIB)
+QUICK = Effort(
+    seconds=0.02,
+    copy_bytes=MIB,
+    copies_bytes=8 * MIB,
+    params=MIB,
+    adam_bytes=32 * MIB,
+    matrix=512,
+    nvme_bytes=4 * MIB,
+)
 
 
 def test_a_profile_of_this_machine(tmp_path):
