@@ -1,14 +1,15 @@
 """Conversations to token ids, and which of them the assistant said.
 
 The tokenizer's chat template renders them. Where it marks the assistant's words with {% generation %}, transformers
-says which tokens those are. Elsewhere they are found by rendering the conversation up to each of the assistant's
+says where in the text those are. Elsewhere they are found by rendering the conversation up to each of the assistant's
 turns: what a turn adds behind the prompt that asks for it is the assistant's, its end-of-turn token included.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from slidetune.errors import SlidetuneError
@@ -42,8 +43,9 @@ class Chat:
         """
         messages = [_message(message) for message in _listed(messages, "messages")]
         tools = _listed(tools, "tools") if tools else None
-        if _MARKED.search(self._tokenizer.get_chat_template(self._template, tools=tools)):
-            ids, said = self._marked(messages, tools)
+        template = self._tokenizer.get_chat_template(self._template, tools=tools)
+        if _MARKED.search(template):
+            ids, said = self._marked(messages, tools, template)
             if learn_from:
                 before = common_length(ids, self._encode(self._render(messages[:learn_from], tools)))
                 said[:before] = [False] * before
@@ -56,9 +58,34 @@ class Chat:
         messages = [_message(message) for message in _listed(messages, "messages")]
         return self._encode(self._render(messages, _listed(tools, "tools") if tools else None))
 
-    def _marked(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> tuple[list[int], list[bool]]:
-        found = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return list(found["input_ids"]), [bool(flag) for flag in found["assistant_masks"]]
+    def _marked(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, template: str
+    ) -> tuple[list[int], list[bool]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not self._tokenizer.is_fast:
+            raise SlidetuneError(
+                "the chat template marks the assistant's words with {% generation %}, and the tokenizer is not a fast "
+                "one: which tokens those are can't be told.",
+                "Take a template without {% generation %}, or the loss of all turns.",
+            )
+        # Not apply_chat_template's own mask: in transformers 5.17 and others before 5.24, a turn that ends in a space
+        # without a token goes on through all later turns, and one that begins with such a space is the last.
+        with _refusals():
+            (text,), (turns,) = render_jinja_template(
+                [messages],
+                tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        found = self._tokenized(text, return_offsets_mapping=True)
+        spoken = bytearray(len(text))
+        for start, end in turns:
+            spoken[start:end] = b"\1" * (end - start)
+        # Some offsets leave spaces out: a token of nothing else is then empty, and stands behind them.
+        said = [1 in spoken[min(start, end - 1) : end] for start, end in found["offset_mapping"]]
+        return list(found["input_ids"]), said
 
     def _by_prefixes(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, learn_from: int
@@ -94,26 +121,38 @@ class Chat:
         return None
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, prompted: bool = False) -> str:
-        return self._apply(messages, tools, tokenize=False, add_generation_prompt=prompted)
-
-    def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, **how: Any) -> Any:
-        from jinja2 import TemplateError, TemplateSyntaxError
-
-        try:
-            return self._tokenizer.apply_chat_template(messages, tools=tools, chat_template=self._template, **how)
-        except TemplateSyntaxError as error:
-            # Not the row's fault: no row could be rendered.
-            raise SlidetuneError(
-                f"the chat template is not Jinja: {str(error.message).rstrip('.')} (line {error.lineno} of it).",
-                "Correct the template.",
-            ) from None
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise ValueError(f"has messages that its chat template refuses ({reason})") from None
+        with _refusals():
+            return self._tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=self._template, tokenize=False, add_generation_prompt=prompted
+            )
 
     def _encode(self, text: str) -> list[int]:
-        # The template has written special tokens itself.
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self._tokenized(text)["input_ids"])
+
+    def _tokenized(self, text: str, **how: Any) -> Mapping[str, Any]:
+        try:
+            # The template has written special tokens itself.
+            return self._tokenizer(text, add_special_tokens=False, verbose=False, **how)
+        except (TypeError, UnicodeEncodeError):
+            raise ValueError("has messages with half a surrogate pair, which is no text") from None
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What goes wrong while a template is rendered, in our words."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        yield
+    except TemplateSyntaxError as error:
+        # Not the row's fault: no row could be rendered.
+        raise SlidetuneError(
+            f"the chat template is not Jinja: {str(error.message).rstrip('.')} (line {error.lineno} of it).",
+            "Correct the template.",
+        ) from None
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(f"has messages that its chat template refuses ({reason})") from None
 
 
 def _listed(value: Any, what: str) -> list[Any]:

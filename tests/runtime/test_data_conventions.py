@@ -21,6 +21,8 @@ MARKED = TURNS % (
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}"
     "{% else %}{{ m.content + '<|end|>' }}{% endif %}"
 )
+# The mark is around the words alone.
+BARE = MARKED.replace(" + '<|end|>' }}{% endgeneration %}", " }}{% endgeneration %}{{ '<|end|>' }}")
 # As those of reasoning models: thoughts are kept in the last turn only.
 FORGETS = TURNS % "{{ ('<think>' if loop.last and m.role == 'assistant' else '') + m.content + '<|end|>' }}"
 # The prompt opens a thought that a later turn doesn't have.
@@ -36,10 +38,11 @@ CHAT = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Byte pairs that join spaces and newlines, as real ones do."""
+    """Byte pairs that join spaces and newlines, with offsets that leave spaces out, as real ones do."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = tokenizers.decoders.ByteLevel()
+    trained.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=["<s>", "</s>", "<|start|>", "<|end|>"],
@@ -137,6 +140,29 @@ def test_the_assistants_turns_are_learned(template, document, tokenizer):
     whole = tokenizer.apply_chat_template(CHAT, chat_template=template, tokenize=False)
     assert tokenizer.decode(found.ids) == whole
     assert [text.strip() for text in learned(tokenizer, found)] == ["hi<|end|>", "so soon?<|end|>"]
+
+
+@pytest.mark.parametrize("said", ["hi", " hi", "hi  ", "  ", "hi\n    bye", "hi \U0001f600", ""])
+def test_marked_words_are_learned_to_their_edges(said, document, tokenizer):
+    chat = [*CHAT[:2], {"role": "assistant", "content": said}, *CHAT[3:]]
+    assert learned(tokenizer, document({"messages": chat}, BARE)) == ([said] if said else []) + ["so soon?"]
+
+
+def test_marks_need_a_fast_tokenizer(tokenizer):
+    class Slow(transformers.PreTrainedTokenizerFast):
+        is_fast = False
+
+    conventions = Conventions(tokens_of(Slow(tokenizer_object=tokenizer.backend_tokenizer), 400), chat_template=MARKED)
+    with pytest.raises(SlidetuneError, match="not a fast one"):
+        conventions.document({"messages": CHAT}, "messages")
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+@pytest.mark.parametrize("assistant_only", [True, False])
+def test_messages_with_half_a_surrogate_pair(template, assistant_only, document):
+    broken = [*CHAT[:4], {"role": "assistant", "content": "a\ud800"}]
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        document({"messages": broken}, template, assistant_only=assistant_only)
 
 
 def test_a_prompt_that_later_turns_do_not_keep(document, tokenizer):
