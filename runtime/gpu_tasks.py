@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from slidetune.plans import Placement
-from slidetune.runtime.binding import Call
+from slidetune.runtime.again import Again, layer_output
 from slidetune.runtime.captured import Inputs
 from slidetune.runtime.clipping import add_squares
 from slidetune.runtime.head_loss import chunked_loss, chunked_loss_alone, loss_alone
@@ -73,24 +73,18 @@ def _layer(walk: Walk, step: Step, i: int, m: int, x: Tensor, inputs: Inputs) ->
         return layer_output(walk.machine.parts.layers[i], x, inputs.calls[i])
 
 
-def layer_output(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
-    """What a layer makes of its input, called as transformers calls it."""
-    args, kwargs = call
-    out = layer(x, *args, **kwargs)
-    return out if isinstance(out, Tensor) else out[0]
-
-
 def recompute(walk: Walk, index: int, task: Task) -> Operation:
     """A layer's forward pass again, for its backward pass."""
     i, m = task.unit - 1, task.micro_batch
     source = walk.hidden[i, m]
     pointed, weights = walk.machine.pointed[task.unit], walk.weights[task.unit]
+    again = Again(walk.machine.parts.layers[i])
 
     def body(step: Step, inputs: Inputs) -> None:
         pointed.point(weights)
         x = as_hidden(source, step.micro_batches[m].shape, walk.spec.hidden_size).requires_grad_()
-        with torch.enable_grad():
-            step.graphs[i, m] = (x, get_gradient_edge(_layer(walk, step, i, m, x, inputs)))
+        with torch.enable_grad(), walk.randomly(step, task.unit, m):
+            step.graphs[i, m] = (x, get_gradient_edge(again(x, inputs.calls[i])))
 
     return walk.machine.passes.bind(m, body)
 

@@ -91,8 +91,8 @@ class Effort:
     copy_bytes: int = 256 * MIB
     """Of the largest copy."""
     copies_bytes: int = 4 * GIB
-    """Host memory that copies both ways go through in turn, as Adam's calls through theirs. No more than an eighth of the
-    RAM that is free, and no less than one copy each way."""
+    """Host memory that copies both ways go through in turn, as Adam's calls through theirs. No more than an eighth of
+    the RAM that is free, and no less than one copy each way."""
     params: int = 64 * MIB
     """Parameters that a call of Adam updates."""
     adam_bytes: int = 14 * GIB

@@ -23,10 +23,10 @@ from slidetune.hardware import Gpu, KernelTime
 from slidetune.plans import Plan, Recompute, captured
 from slidetune.runtime import batches
 from slidetune.runtime.adam import AdamW
+from slidetune.runtime.again import Again, layer_output
 from slidetune.runtime.binding import Call, Parts
 from slidetune.runtime.captured import recorder
 from slidetune.runtime.counted_spec import spec_of
-from slidetune.runtime.gpu_tasks import layer_output
 from slidetune.runtime.head_loss import chunked_loss, head_loss
 from slidetune.runtime.kernels import apply_kernels, choose_kernels
 from slidetune.runtime.pointing import Pointed
@@ -233,7 +233,7 @@ class _Bench:
         weights = self._weights(pointed)
         sums = point.accumulation > 1
         gradient = self._empty(pointed.layout.trained, torch.float32 if sums else torch.bfloat16)
-        edge, x = None, None
+        again, edge, x = Again(layer), None, None
 
         def forward() -> None:
             pointed.point(weights)
@@ -245,7 +245,7 @@ class _Bench:
             pointed.point(weights)
             x = source.data.requires_grad_()
             with torch.enable_grad():
-                edge = torch.autograd.graph.get_gradient_edge(layer_output(layer, x, call))
+                edge = torch.autograd.graph.get_gradient_edge(again(x, call))
 
         def backward(fresh: bool = True, last: bool = not sums) -> None:
             pointed.collect_into(gradient, fresh=fresh)

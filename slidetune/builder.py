@@ -260,6 +260,7 @@ class _Step:
             "recompute",
             GPU,
             flops=unit.forward_flops(plan.micro_batch, plan.seq_len),
+            left_out_flops=unit.unread_flops(plan.micro_batch, plan.seq_len),
             traffic_bytes=self._traffic(unit),
             launches=self._launches(unit),
             working_bytes=buffers.recompute_working_bytes(unit, plan, self.kernels),

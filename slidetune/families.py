@@ -275,6 +275,8 @@ def _gpt2(f: Fields) -> Skeleton:
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
+        # Its products are a module of transformers' own, with dropout behind the last.
+        ends_in_sum=False,
         fused_kernels=False,
     )
     return Skeleton(

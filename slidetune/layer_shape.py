@@ -53,6 +53,8 @@ class LayerShape:
     """A learned logit per head in the softmax (gpt-oss)."""
     span: int | None = None
     """Tokens a query may look back on, itself included; None for all."""
+    ends_in_sum: bool = True
+    """The MLP's last product is a linear module's, and without a norm behind it only added to the residual."""
     fused_kernels: bool = True
     """Liger has kernels for this family."""
 
@@ -86,6 +88,12 @@ class LayerShape:
         if not self.experts:
             return self.attention_matmul + self.mlp_matmul
         return self.attention_matmul + self.hidden * self.experts + self.active * self.mlp_matmul
+
+    @property
+    def unread_elements(self) -> int:
+        """Weight elements of the last product, if a gradient doesn't depend on what comes of it."""
+        read = self.experts or self.post_norms or not self.ends_in_sum
+        return 0 if read else self.inner * self.hidden
 
     @property
     def params(self) -> int:

@@ -70,6 +70,9 @@ class Unit:
     added to the accumulator."""
     matmul_elements: int
     """Weight elements one token is multiplied with (of a mixture, the active experts only)."""
+    unread_elements: int = 0
+    """Of these, those of a layer's last product where it is only added to the residual: a gradient needs no term of a
+    sum, so recomputation leaves it out."""
     attention_width: int = 0
     """Query heads times head size; 0 where there is no attention."""
     attention_span: int | None = None
@@ -105,6 +108,10 @@ class Unit:
     def forward_flops(self, sequences: int, seq_len: int) -> float:
         """FLOPs of a forward pass of `sequences` sequences of `seq_len` tokens."""
         return self.matmul_flops(sequences, seq_len) + self.attention_flops(sequences, seq_len)
+
+    def unread_flops(self, sequences: int, seq_len: int) -> float:
+        """Of a forward pass's FLOPs those that recomputation leaves out."""
+        return 2.0 * self.unread_elements * sequences * seq_len
 
     def backward_flops(self, sequences: int, seq_len: int) -> float:
         """FLOPs of a backward pass: twice the weight products, or once for frozen weights; attention 2.5 times,

@@ -48,6 +48,7 @@ def _layer_figures(shape: LayerShape) -> dict[str, Any]:
         "weight_elements": shape.params,
         "largest_tensor": shape.largest_tensor,
         "matmul_elements": shape.matmul_elements,
+        "unread_elements": shape.unread_elements,
         "attention_width": shape.query,
         "attention_span": shape.span,
         "eager": layer_costs(shape, fused=False),

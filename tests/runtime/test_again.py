@@ -1,0 +1,159 @@
+"""Recomputed layers: their last product is left out where gradients don't depend on it, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from slidetune.families import spec_from_config
+from slidetune.runtime import again
+from slidetune.runtime.again import Again, layer_output
+from slidetune.runtime.binding import Parts
+
+from ..slidetune.reference import SMALL_CONFIGS
+from .reference import DEVICE, make_model
+
+NO_CALL = ((), {})
+WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+@pytest.fixture
+def worthless(monkeypatch):
+    """What is not computed is not a number: whoever reads it is found out."""
+
+    def unmade(self, func, types, args=(), kwargs=None):
+        out = plain(self, func, types, args, kwargs)
+        return out.fill_(float("nan")) if func in again._PRODUCTS else out
+
+    plain = again._Unmade.__torch_dispatch__
+    monkeypatch.setattr(again._Unmade, "__torch_dispatch__", unmade)
+
+
+def gradients(run, layer, x, upward, call=NO_CALL):
+    """Of a layer's input and parameters."""
+    x = x.detach().requires_grad_()
+    layer.zero_grad(set_to_none=True)
+    with torch.enable_grad():
+        out = run(x, call)
+    torch.autograd.backward(torch.autograd.graph.get_gradient_edge(out), upward)
+    found = [x.grad, *(p.grad for p in layer.parameters())]
+    return [None if grad is None else grad.clone() for grad in found]
+
+
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", SMALL_CONFIGS)
+def test_gradients_are_those_of_the_whole_pass_and_the_spec_says_what_is_left_out(name, worthless):
+    config = SMALL_CONFIGS[name] | (WITHOUT_DROPOUT if SMALL_CONFIGS[name]["model_type"] == "gpt2" else {})
+    spec = spec_from_config(config, name)
+    model = make_model(config).train()
+    parts = Parts(model, spec)
+    ids = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    calls, _ = parts.record_calls(torch.device("cpu"), {"input_ids": ids})
+    x, upward = (torch.randn(2, 20, spec.hidden_size).to(torch.bfloat16) for _ in range(2))
+    for unit, layer, call in zip(spec.layers, parts.layers, calls, strict=True):
+        whole = gradients(lambda x, call, layer=layer: layer_output(layer, x, call), layer, x, upward, call)
+        recomputed = Again(layer)
+        for _ in range(3):
+            assert_same(gradients(recomputed, layer, x, upward, call), whole)
+        left_out = 0 if recomputed.left_out is None else recomputed.left_out.weight.numel()
+        assert left_out == unit.unread_elements
+        assert 0.0 <= unit.unread_flops(2, 20) < 0.5 * unit.matmul_flops(2, 20)
+
+
+class Layer(nn.Module):
+    """x and a linear module, put together by `ends`."""
+
+    def __init__(self, ends, bias=True):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(32, 32, bias=bias) for _ in range(3))
+        self.ends = ends
+
+    def forward(self, x):
+        return self.ends(self, x, torch.tanh(self.first(x)))
+
+
+def in_place(layer, x, h):
+    out = layer.second(h)
+    out += x
+    return out
+
+
+LEFT_OUT = {
+    "sum": lambda layer, x, h: x + layer.second(h),
+    "sum of three": lambda layer, x, h: (x + layer.second(h)) + layer.third(h),
+    "the other sum of three": lambda layer, x, h: x + (layer.second(h) + layer.third(h)),
+    "first of a tuple": lambda layer, x, h: (x + layer.second(h), h),
+}
+NEEDED = {
+    "no sum": lambda layer, x, h: layer.second(h),
+    "product": lambda layer, x, h: x * layer.second(h),
+    "norm behind": lambda layer, x, h: nn.functional.layer_norm(x + layer.second(h), (32,)),
+    "activation behind": lambda layer, x, h: x + torch.tanh(layer.second(h)),
+    "scaled": lambda layer, x, h: x + 0.5 * layer.second(h),
+    "twice": lambda layer, x, h: (lambda out: out + torch.tanh(out))(layer.second(h)),
+    "added to itself": lambda layer, x, h: (lambda out: out + out)(layer.second(h)),
+    "no module": lambda layer, x, h: x + h @ layer.third.weight,
+}
+
+# Where autograd keeps the product's name, which a bias decides.
+EITHER = {"in place": in_place}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("ends", LEFT_OUT | NEEDED | EITHER)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_only_what_is_added_and_nothing_else_is_left_out(ends, bias, dtype, worthless):
+    layer = Layer((LEFT_OUT | NEEDED | EITHER)[ends], bias).to(DEVICE, dtype)
+    x, upward = (torch.randn(2, 8, 32, device=DEVICE).to(dtype) for _ in range(2))
+    whole = gradients(lambda x, call: layer_output(layer, x, call), layer, x, upward)
+    recomputed = Again(layer)
+    for _ in range(3):
+        assert_same(gradients(recomputed, layer, x, upward), whole)
+    assert ends in EITHER or (recomputed.left_out is not None) == (ends in LEFT_OUT)
+    assert not any(module._forward_hooks or "forward" in module.__dict__ for module in layer.modules())
+
+
+def test_the_product_is_not_computed():
+    layer, x = Layer(LEFT_OUT["sum"]), torch.randn(2, 8, 32).requires_grad_()
+    recomputed, flops = Again(layer), []
+    for _ in range(3):
+        with FlopCounterMode(display=False) as counter:
+            recomputed(x, NO_CALL)
+        flops.append(counter.get_total_flops())
+    product = 2 * 16 * 32 * 32
+    assert flops == [2 * product, product, product]
+
+
+def test_a_hook_sees_the_whole_output():
+    layer, x = Layer(LEFT_OUT["sum"]), torch.randn(2, 8, 32).requires_grad_()
+    recomputed, seen = Again(layer), []
+    recomputed(x, NO_CALL)
+    recomputed(x, NO_CALL)
+    layer.second.register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
+    recomputed(x, NO_CALL)
+    assert torch.equal(seen[0], layer.second(torch.tanh(layer.first(x))).detach())
+
+
+def test_a_module_that_does_more_than_its_class_is_run_whole():
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return 2.0 * super().forward(x)
+
+    for change in ("class", "forward"):
+        layer = Layer(LEFT_OUT["sum"])
+        if change == "class":
+            layer.second = Doubling(32, 32)
+        else:
+            plain = layer.second.forward
+            layer.second.forward = lambda x, plain=plain: 2.0 * plain(x)
+        recomputed = Again(layer)
+        recomputed(torch.randn(2, 8, 32).requires_grad_(), NO_CALL)
+        assert recomputed.left_out is None
