@@ -101,3 +101,6 @@ def _write(folder: Path, model: nn.Module, units: Iterable[dict[str, Tensor]]) -
         size += sum(tensor.nbytes for tensor in weights.values())
     write_index(folder, where, size)
     model.config.save_pretrained(folder)
+    # safetensors' files are their owner's alone.
+    for file in set(where.values()):
+        shutil.copymode(folder / "config.json", folder / file)

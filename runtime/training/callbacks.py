@@ -127,7 +127,13 @@ class Evaluated:
     step: int
     loss: float
     labels: int
+    tokens: int
+    """Padding included."""
     seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +144,9 @@ class CheckpointSaved:
     path: Path
     nbytes: int
     paused_s: float
-    """For which training paused."""
+    """For which training paused, for a checkpoint before it that was still being written too."""
     seconds: float
-    """Until it was complete."""
+    """From the begin of that pause until it was complete."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,7 +82,7 @@ class JsonLog(Callback):
         self._write("step", **_plain(done), tokens_per_s=done.tokens_per_s)
 
     def on_evaluate(self, found: Evaluated) -> None:
-        self._write("evaluation", **_plain(found))
+        self._write("evaluation", **_plain(found), tokens_per_s=found.tokens_per_s)
 
     def on_save(self, saved: CheckpointSaved) -> None:
         self._write("checkpoint", **_plain(saved))

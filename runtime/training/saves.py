@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ class Saves:
         self._watching = watching
         self._safe_step = step
         self._under_way: tuple[int, Saved] | None = None
+        self._waited_s = 0.0
+        """For the checkpoint before the one under way."""
 
     @property
     def under_way(self) -> bool:
@@ -34,7 +37,9 @@ class Saves:
 
     def begin(self, step: int, position: Mapping[str, Any]) -> None:
         """Save, and let training go on as soon as it may. Failures are told: the checkpoint before is whole."""
+        start = time.perf_counter()
         self._settle(step)
+        self._waited_s = time.perf_counter() - start
         try:
             self._begin(step, position)
         except CheckpointFailed as error:
@@ -43,7 +48,9 @@ class Saves:
 
     def last(self, step: int, position: Mapping[str, Any]) -> None:
         """Save unless this step is saved, and return once that is whole. Raises CheckpointFailed."""
+        start = time.perf_counter()
         self._settle(step)
+        self._waited_s = time.perf_counter() - start
         if step != self._safe_step:
             self._begin(step, position)
             self._checkpoints.wait()
@@ -57,7 +64,11 @@ class Saves:
         self._under_way, self._safe_step = None, step
         self._watching.on_save(
             CheckpointSaved(
-                step=step, path=saved.path, nbytes=saved.nbytes, paused_s=saved.paused_s, seconds=saved.seconds
+                step=step,
+                path=saved.path,
+                nbytes=saved.nbytes,
+                paused_s=self._waited_s + saved.paused_s,
+                seconds=self._waited_s + saved.seconds,
             )
         )
 

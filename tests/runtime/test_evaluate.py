@@ -321,3 +321,49 @@ def test_a_dropped_trainer_that_has_evaluated_takes_its_threads_along():
     del trainer
     gc.collect()
     assert not {thread for thread in set(threading.enumerate()) - before if thread.name.startswith("slidetune")}
+
+
+# --- several batches
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "dropout"])
+def test_several_batches_give_what_each_gives_alone(config):
+    plan = Plan(model="several", window=3, prefetch=2, accumulation=2, **SIZES)
+    several = list(random_batches(config, plan, 5, padded=config is LLAMA))
+    with trainer_of(config, plan) as trainer:
+        assert trainer.evaluate_all([]) == []
+        alone = [trainer.evaluate(batch) for batch in several]
+        assert trainer.evaluate_all(iter(several)) == alone
+        trainer.step(several[0])
+        assert trainer.evaluate_all(several[:2]) == [trainer.evaluate(batch) for batch in several[:2]] != alone[:2]
+
+
+def test_a_batch_is_under_way_before_the_one_before_it_is_done(monkeypatch):
+    plan, order = Plan(model="llama", **SIZES), []
+    submit, evaluated = SlidingTrainer._submit, SlidingTrainer._evaluated
+    with trainer_of(LLAMA, plan) as trainer:
+        trainer.evaluate(next(random_batches(LLAMA, plan, 1)))
+        monkeypatch.setattr(SlidingTrainer, "_submit", lambda *a: (order.append("begun"), submit(*a))[1])
+        monkeypatch.setattr(SlidingTrainer, "_evaluated", lambda *a: (order.append("done"), evaluated(*a))[1])
+        trainer.evaluate_all(random_batches(LLAMA, plan, 3))
+    assert order == ["begun", "begun", "done", "begun", "done", "done"]
+
+
+@pytest.mark.parametrize("fault", ["batch", "iterable"])
+def test_a_fault_among_several_batches_leaves_the_trainer_as_it_was(fault):
+    plan = Plan(model="small gpt2", **SIZES)
+    good = list(random_batches(GPT2, plan, 3))
+
+    def faulty():
+        yield from good[:2]
+        if fault == "iterable":
+            raise KeyError("no more")
+        yield {"labels": good[0]["input_ids"]}
+
+    with trainer_of(GPT2, plan) as trainer:
+        expected = trainer.evaluate(good[2]), trainer.step(good[0])
+    with trainer_of(GPT2, plan) as trainer:
+        with pytest.raises(KeyError if fault == "iterable" else SlidetuneError):
+            trainer.evaluate_all(faulty())
+        # In the step, with dropout again.
+        assert (trainer.evaluate(good[2]), trainer.step(good[0])) == expected

@@ -34,6 +34,8 @@ def test_saving_to_the_models_own_folder(tmp_path, shard):
         f"model-unit-{number:05d}.safetensors" for number in range(1, config["num_hidden_layers"] + 3)
     }
     assert not (tmp_path / ".saving").exists()
+    # Whoever may read one may read all.
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path):

@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 
 from slidetune.errors import SlidetuneError
 from slidetune.runtime.trainer import SlidingTrainer
-from slidetune.runtime.training import slow_steps
+from slidetune.runtime.training import saves, slow_steps
 from slidetune.runtime.training.callbacks import Note, Predicted, Started, StepDone, Trained
 from slidetune.runtime.training.evaluation import evaluate
 from slidetune.runtime.training.log import JsonLog
@@ -135,14 +135,15 @@ class Losses:
     def __init__(self, *losses):
         self.losses = iter(losses)
 
-    def evaluate(self, batch):
-        return next(self.losses)
+    def evaluate_all(self, batches):
+        return [next(self.losses) for _ in batches]
 
 
 def test_every_label_counts_the_same_and_batches_without_one_are_left_out():
     held = Held([[5, 5, 5, 5]], [[-100, -100, 1, -100]], [[3, -100, -100, -100]], [[-100, 2, 2, -100]])
     found = evaluate(Losses(1.0, 3.0, 4.0), held, 7, Stop())
-    assert (found.step, found.labels) == (7, 6)
+    assert (found.step, found.labels, found.tokens) == (7, 6, 12)
+    assert found.tokens_per_s == 12 / found.seconds
     assert found.loss == pytest.approx((3 * 1.0 + 1 * 3.0 + 2 * 4.0) / 6)
 
 
@@ -150,6 +151,42 @@ def test_an_evaluation_that_is_stopped_tells_nothing():
     stop = Stop()
     stop.ask("enough")
     assert evaluate(Losses(), Held([[1, 1]]), 1, stop) is None
+
+
+# --- Saves
+
+
+class SlowCheckpoints:
+    """In the place of checkpoints: each is written for 7 seconds, of which training pauses 1, and waited for whole."""
+
+    def __init__(self, clock):
+        self.clock, self.until = clock, 0.0
+
+    def wait(self):
+        self.clock.now = max(self.clock.now, self.until)
+
+    def save(self, trainer, *, extra):
+        self.clock.now += 1.0
+        self.until = self.clock.now + 6.0
+        return types.SimpleNamespace(path=Path("step"), nbytes=9, paused_s=1.0, seconds=7.0)
+
+
+def test_a_pause_for_the_checkpoint_before_is_told_too(monkeypatch):
+    clock, told = types.SimpleNamespace(now=100.0), []
+    watching = types.SimpleNamespace(on_save=told.append)
+    monkeypatch.setattr(saves, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    slow = SlowCheckpoints(clock)
+    under_test = saves.Saves(slow, None, {}, 0, watching)
+    for step in (1, 2):
+        under_test.begin(step, {})
+        clock.now += 2.0
+    under_test.last(3, {})
+    # Each goes on for 4 seconds when the next one is due.
+    assert [(saved.step, saved.paused_s, saved.seconds) for saved in told] == [
+        (1, 1.0, 7.0),
+        (2, 5.0, 11.0),
+        (3, 5.0, 11.0),
+    ]
 
 
 # --- The log
