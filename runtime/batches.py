@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slidetune.errors import SlidetuneError
 from slidetune.plans import Plan
 from slidetune.runtime.binding import Call, Parts
+from slidetune.runtime.row_kernels import Readers
 from slidetune.runtime.steps import MicroBatch
 
 IGNORED = -100
@@ -96,17 +97,20 @@ def micro_batches(tensors: Mapping[str, Tensor], plan: Plan, parts: Parts, devic
         bases.append(at)
         at += table.rows
     read = [torch.unique(torch.cat([r[3][t].flatten() for r in recorded])) for t in range(len(bases))]
-    result = [
-        MicroBatch(
-            inputs=inputs,
-            labels=labels[span].flatten().to(device, non_blocking=True),
-            calls=calls,
-            rows=[torch.searchsorted(known, one.contiguous()) for known, one in zip(read, ids, strict=True)],
-            shape=tuple(inputs["input_ids"].shape),
-            shared=_storages(calls),
+    result = []
+    for span, inputs, calls, ids in recorded:
+        rows = [torch.searchsorted(known, one.contiguous()) for known, one in zip(read, ids, strict=True)]
+        result.append(
+            MicroBatch(
+                inputs=inputs,
+                labels=labels[span].flatten().to(device, non_blocking=True),
+                calls=calls,
+                rows=rows,
+                readers=Readers.of(rows[0].reshape(-1), read[0].numel()) if len(rows) == 1 else None,
+                shape=tuple(inputs["input_ids"].shape),
+                shared=_storages(calls),
+            )
         )
-        for span, inputs, calls, ids in recorded
-    ]
     return result, torch.cat([known + base for known, base in zip(read, bases, strict=True)]), items
 
 

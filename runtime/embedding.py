@@ -47,7 +47,7 @@ class HostEmbedding:
         batch = step.micro_batches[m]
         if self.plain:
             flat = upstream.view(-1, out.shape[1])
-            sum_rows(flat, batch.rows[0].reshape(-1), out, fresh=m == 0, threads=threads)
+            sum_rows(flat, batch.readers, out, fresh=m == 0, threads=threads)
         else:
             leaves = [rows.detach().requires_grad_() for rows in step.compact_rows]
             with torch.enable_grad(), self.randomness.on(_HOST, step.number, _UNIT, m):

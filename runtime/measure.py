@@ -48,7 +48,7 @@ from slidetune.runtime.fits import (
     repeated,
 )
 from slidetune.runtime.nvme import NvmeFile
-from slidetune.runtime.row_kernels import gather_rows, sum_rows
+from slidetune.runtime.row_kernels import Readers, gather_rows, sum_rows
 from slidetune.units import GB, GIB, KIB, MIB, format_bytes
 
 # DRAM bytes that Adam over a split master moves for one parameter, and bytes that its state and gradient have.
@@ -390,7 +390,7 @@ class _Bench:
         batches = [torch.randint(0, table.shape[0], (count,), generator=generator) for _ in range(8)]
         tokens, sums = (torch.zeros(count, _ROW, dtype=torch.bfloat16) for _ in range(2))
         parts = [torch.randperm(params // _ROW, generator=generator)[:count].sort().values for _ in range(8)]
-        places, scattered = torch.arange(count), torch.randperm(count, generator=generator)
+        places, scattered = torch.arange(count), Readers.of(torch.randperm(count, generator=generator), count)
         state, dense = ([tensor[: params // _ROW * _ROW] for tensor in state], gradient[: params // _ROW * _ROW])
         actions = {
             "gather_gbs": _in_turn(lambda ids: gather_rows(table, ids, tokens, threads=threads), batches),

@@ -1,9 +1,12 @@
 """Embedding rows on the host: gathered for a batch, and their gradients from that of what they were looked up for.
 
-Threads are the native kernels' pool, which Adam uses too: torch's own would compete with it for the cores.
+Threads are a pool of the native kernels, and Adam's, which take part between two blocks of their own: torch's would
+compete with those for the cores.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,13 +27,32 @@ def gather_rows(table: Tensor, rows: Tensor, out: Tensor, *, threads: int) -> No
     )
 
 
-def sum_rows(upstream: Tensor, places: Tensor, out: Tensor, *, fresh: bool, threads: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """Which tokens read which row."""
+
+    places: Tensor
+    """int64 [tokens]: the row that each token read."""
+    order: np.ndarray
+    """The tokens by row, those of one row in their own order."""
+    starts: np.ndarray
+    """int64 [rows + 1]: where in `order` each row's tokens start."""
+
+    @classmethod
+    def of(cls, places: Tensor, rows: int) -> Readers:
+        """Sorts: not for when everything waits."""
+        starts = np.zeros(rows + 1, dtype=np.int64)
+        np.cumsum(np.bincount(places.numpy(), minlength=rows), out=starts[1:])
+        return cls(places, np.argsort(places.numpy(), kind="stable"), starts)
+
+
+def sum_rows(upstream: Tensor, readers: Readers, out: Tensor, *, fresh: bool, threads: int) -> None:
     """For each row the sum of the gradients of the tokens that read it, in the tokens' order, rounded to bf16 after
     each: the bits of torch's embedding_dense_backward on the CPU.
 
     Args:
         upstream: bf16 [tokens, width], contiguous.
-        places: int64 [tokens]: the row of `out` that each token read.
+        readers: the tokens that read each row of `out`.
         out: [rows, width], contiguous. bf16 receives the sums; fp32 has them added, or is overwritten if `fresh`.
         fresh: this is the first micro-batch.
         threads: CPU threads, the calling one included.
@@ -38,18 +60,15 @@ def sum_rows(upstream: Tensor, places: Tensor, out: Tensor, *, fresh: bool, thre
     rows, width = out.shape
     library = adam_native.library()
     if library is None:
-        found = torch.ops.aten.embedding_dense_backward(upstream, places, rows, -1, False)
+        found = torch.ops.aten.embedding_dense_backward(upstream, readers.places, rows, -1, False)
         out.copy_(found) if fresh else out.add_(found)
         return
-    order = np.argsort(places.numpy(), kind="stable")
-    starts = np.zeros(rows + 1, dtype=np.int64)
-    np.cumsum(np.bincount(places.numpy(), minlength=rows), out=starts[1:])
     library.slidetune_sum_rows(
         threads,
         width,
         rows,
-        starts.ctypes.data,
-        order.ctypes.data,
+        readers.starts.ctypes.data,
+        readers.order.ctypes.data,
         upstream.data_ptr(),
         out.data_ptr(),
         out.dtype == torch.float32,

@@ -13,6 +13,7 @@ from slidetune.runtime.adam import AdamW
 
 if TYPE_CHECKING:
     from slidetune.runtime.binding import Call
+    from slidetune.runtime.row_kernels import Readers
     from slidetune.runtime.rows import RowGradients
 
 
@@ -28,6 +29,8 @@ class MicroBatch:
     """What each layer is called with, on the device."""
     rows: list[Tensor]
     """Per embedding table, each id's place among the step's rows; on the host."""
+    readers: Readers | None
+    """The same of one table's, by row; None where there are more tables."""
     shape: tuple[int, int]
     """Sequences and tokens."""
     shared: set[int]

@@ -333,7 +333,9 @@ void slidetune_adam_step(int path, int threads, int64_t count, uint16_t* high, i
   const Arrays arrays{high, low, exp_avg, exp_avg_sq, grad, grad_is_bf16 != 0};
   const Kernel kernel = kernel_of(path, arrays.grad_is_bf16);
   const int64_t blocks = (count + kBlock - 1) / kBlock;
-  slidetune::Pools::shared().adam->run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
+  const slidetune::Pools& pools = slidetune::Pools::shared();
+  pools.adam->run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
+    pools.urgent->help();
     const PlainFloatingPoint mode;
     const int64_t begin = block * kBlock, end = begin + kBlock;
     kernel(arrays, begin, end < count ? end : count, *coefficients);
@@ -348,7 +350,9 @@ void slidetune_adam_rows(int path, int threads, int64_t width, int64_t count, co
   const Kernel kernel = kernel_of(path, true);
   const int64_t rows_at_once = width < kBlock ? kBlock / width : 1;
   const int64_t blocks = (count + rows_at_once - 1) / rows_at_once;
-  slidetune::Pools::shared().adam->run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
+  const slidetune::Pools& pools = slidetune::Pools::shared();
+  pools.adam->run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
+    pools.urgent->help();
     const PlainFloatingPoint mode;
     const int64_t begin = block * rows_at_once, end = begin + rows_at_once;
     // Zeros, and where both matrices have a gradient, their sum.

@@ -15,14 +15,51 @@
 
 namespace slidetune {
 
+// Blocks of work, handed out one by one.
+struct Job {
+  const std::function<void(int64_t)>& body;
+  const int64_t blocks;
+  std::atomic<int64_t> next{0};
+
+  void take() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) body(i);
+  }
+};
+
+// A job that everything waits for, while other threads have all the cores: they take blocks of it between two of their
+// own. To wake threads of its own is no help then: the system lets who runs run on, for milliseconds.
+class Urgent {
+ public:
+  void post(Job* job) { job_ = job; }
+
+  // Returns when nobody works on it any more.
+  void withdraw() {
+    job_ = nullptr;
+    while (helping_ != 0) std::this_thread::yield();
+  }
+
+  void help() {
+    if (job_.load(std::memory_order_relaxed) == nullptr) return;
+    // In this order: who withdraws the job either is seen here or waits.
+    ++helping_;
+    if (Job* job = job_) job->take();
+    --helping_;
+  }
+
+ private:
+  std::atomic<Job*> job_{nullptr};
+  std::atomic<int> helping_{0};
+};
+
 class Pool {
  public:
   // Calls body(0) ... body(blocks - 1), each once, on this thread and threads - 1 others. Returns when all are done.
   // Blocks are handed out one by one, so a thread that the system holds up does not hold up the rest.
-  // One job at a time: a second caller waits.
-  void run(int threads, int64_t blocks, const std::function<void(int64_t)>& body) {
+  // One job at a time: a second caller waits. `urgent`: where others may find the job and help.
+  void run(int threads, int64_t blocks, const std::function<void(int64_t)>& body, Urgent* urgent = nullptr) {
     std::lock_guard<std::mutex> one_job(jobs_);
     Job job{body, blocks};
+    if (urgent != nullptr) urgent->post(&job);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       start(threads - 1);
@@ -40,19 +77,11 @@ class Pool {
     poll([&] { return inside_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [&] { return inside_ == 0; });
+    lock.unlock();
+    if (urgent != nullptr) urgent->withdraw();
   }
 
  private:
-  struct Job {
-    const std::function<void(int64_t)>& body;
-    const int64_t blocks;
-    std::atomic<int64_t> next{0};
-
-    void take() {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) body(i);
-    }
-  };
-
   // Where the system has no more threads, those there are do the work.
   void start(int workers) {
     try {
@@ -99,8 +128,13 @@ class Pool {
 // The process's pools. Never destroyed: their threads sleep when the process ends.
 struct Pools {
   Pool* adam = new Pool;
-  // Embedding rows: they move little, and would wait behind a whole chunk of Adam.
+  // Embedding rows: they move little, and would wait behind a whole chunk of Adam, whose threads help them instead.
   Pool* rows = new Pool;
+  Urgent* urgent = new Urgent;
+
+  void run_rows(int threads, int64_t blocks, const std::function<void(int64_t)>& body) {
+    rows->run(threads, blocks, body, urgent);
+  }
 
   static Pools& shared() {
     static std::once_flag once;

@@ -25,10 +25,21 @@ struct Job {
   bool fresh;
 };
 
-INLINE void sum_row(const Job& job, int64_t row, uint16_t* sum) {
-  std::memset(sum, 0, size_t(job.width) * sizeof *sum);
-  for (int64_t at = job.starts[row]; at < job.starts[row + 1]; ++at) {
-    const uint16_t* from = job.upstream + job.tokens[at] * job.width;
+INLINE void sum_row(const Job& job, int64_t row, uint16_t* __restrict sum) {
+  int64_t at = job.starts[row];
+  const int64_t end = job.starts[row + 1];
+  if (at == end) {
+    std::memset(sum, 0, size_t(job.width) * sizeof *sum);
+  } else {
+    // Most rows are read once. Added to zero a number is itself, but for minus zero and for what is none.
+    const uint16_t* __restrict from = job.upstream + job.tokens[at++] * job.width;
+    for (int64_t i = 0; i < job.width; ++i) {
+      const uint16_t x = from[i], or_zero = x == 0x8000 ? uint16_t(0) : x;
+      sum[i] = (x & 0x7FFF) > 0x7F80 ? uint16_t(0x7FC0) : or_zero;
+    }
+  }
+  for (; at < end; ++at) {
+    const uint16_t* __restrict from = job.upstream + job.tokens[at] * job.width;
     for (int64_t i = 0; i < job.width; ++i) sum[i] = rounded(widened(sum[i]) + widened(from[i]));
   }
   if (!job.out_is_fp32) return;
@@ -61,7 +72,7 @@ constexpr int64_t kRows = 32;
 extern "C" void slidetune_gather_rows(int threads, int64_t width, int64_t count, const int64_t* rows,
                                       const uint16_t* table, uint16_t* out) {
   const int64_t blocks = (count + kRows - 1) / kRows;
-  slidetune::Pools::shared().rows->run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
+  slidetune::Pools::shared().run_rows(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
     const int64_t begin = block * kRows, end = begin + kRows < count ? begin + kRows : count;
     for (int64_t i = begin; i < end; ++i) {
       std::memcpy(out + i * width, table + rows[i] * width, size_t(width) * sizeof *table);
@@ -79,7 +90,7 @@ extern "C" void slidetune_sum_rows(int threads, int64_t width, int64_t count, co
   if (__builtin_cpu_supports("avx2")) sum = avx2;
 #endif
   const int64_t blocks = (count + kRows - 1) / kRows;
-  slidetune::Pools::shared().rows->run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
+  slidetune::Pools::shared().run_rows(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
     const int64_t begin = block * kRows, end = begin + kRows;
     sum(job, begin, end < count ? end : count);
   });

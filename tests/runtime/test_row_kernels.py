@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from slidetune.runtime import adam_native
-from slidetune.runtime.row_kernels import gather_rows, sum_rows
+from slidetune.runtime.adam import AdamW, adam_step
+from slidetune.runtime.row_kernels import Readers, gather_rows, sum_rows
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -24,11 +27,12 @@ def test_as_torch_adds_them(native, rows, tokens, width, seed):
         if not native:
             patch.setattr(adam_native, "library", lambda: None)
         found = torch.full((rows, width), 7.0, dtype=torch.bfloat16)
-        sum_rows(upstream, places, found, fresh=True, threads=3)
+        readers = Readers.of(places, rows)
+        sum_rows(upstream, readers, found, fresh=True, threads=3)
         assert torch.equal(found, expected)
         sums = torch.full((rows, width), 7.0)
-        sum_rows(upstream, places, sums, fresh=True, threads=3)
-        sum_rows(upstream, places, sums, fresh=False, threads=3)
+        sum_rows(upstream, readers, sums, fresh=True, threads=3)
+        sum_rows(upstream, readers, sums, fresh=False, threads=3)
         assert torch.equal(sums, expected.float() * 2)
 
 
@@ -36,9 +40,21 @@ def test_as_torch_adds_them(native, rows, tokens, width, seed):
 def test_special_numbers():
     upstream = torch.tensor([[float("inf"), float("nan"), 3e38], [float("-inf"), 1.0, 3e38]]).to(torch.bfloat16)
     found = torch.zeros(1, 3, dtype=torch.bfloat16)
-    sum_rows(upstream, torch.zeros(2, dtype=torch.long), found, fresh=True, threads=1)
+    sum_rows(upstream, Readers.of(torch.zeros(2, dtype=torch.long), 1), found, fresh=True, threads=1)
     assert found[0, :2].isnan().all()
     assert found[0, 2].isinf()
+
+
+@pytest.mark.skipif(adam_native.library() is None, reason="needs the native kernels")
+def test_every_number_that_is_read_once():
+    upstream = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(-1, 256)
+    places = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    found = torch.zeros_like(upstream)
+    sum_rows(upstream, Readers.of(places, 256), found, fresh=True, threads=2)
+    expected = torch.ops.aten.embedding_dense_backward(upstream, places, 256, -1, False)
+    numbers = ~expected.isnan()
+    assert torch.equal(found.view(torch.int16)[numbers], expected.view(torch.int16)[numbers])
+    assert (found.view(torch.int16)[~numbers] == 0x7FC0).all()
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -50,3 +66,57 @@ def test_gathering(native, monkeypatch):
     found = torch.empty(99, 7, dtype=torch.bfloat16)
     gather_rows(table, rows, found, threads=3)
     assert torch.equal(found, table[rows])
+
+
+def adam_state(count):
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(count, generator=generator)
+    return [
+        numbers.to(torch.bfloat16),
+        torch.zeros(count, dtype=torch.int16),
+        numbers.mul(1e-3),
+        numbers.square(),
+        numbers.flip(0).to(torch.bfloat16),
+    ]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_beside_adam_whose_threads_help(threads):
+    """Rows that come in the middle of updates are right, and so are the updates."""
+    count, steps, rows, width = 300_000, 30, 400, 24
+    generator = torch.Generator().manual_seed(1)
+    table, upstream = (torch.randn(n, width, generator=generator).to(torch.bfloat16) for n in (rows, 5_000))
+    places = torch.randint(0, rows, (5_000,), generator=generator)
+    readers = Readers.of(places, rows)
+    sums = torch.ops.aten.embedding_dense_backward(upstream, places, rows, -1, False)
+    alone, beside = adam_state(count), adam_state(count)
+
+    def train(state):
+        for step in range(1, steps + 1):
+            adam_step(*state, hyper=AdamW(lr=1e-2), step=step, threads=threads)
+
+    train(alone)
+    trained = threading.Event()
+    wrong = []
+
+    def look(kind):
+        while not trained.is_set():
+            found = torch.empty(5_000 if kind == "gather" else rows, width, dtype=torch.bfloat16)
+            if kind == "gather":
+                gather_rows(table, places, found, threads=threads)
+                expected = table[places]
+            else:
+                sum_rows(upstream, readers, found, fresh=True, threads=threads)
+                expected = sums
+            if not torch.equal(found, expected):
+                wrong.append(kind)
+
+    lookers = [threading.Thread(target=look, args=(kind,)) for kind in ("gather", "sum")]
+    for thread in lookers:
+        thread.start()
+    train(beside)
+    trained.set()
+    for thread in lookers:
+        thread.join()
+    assert not wrong
+    assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True))
