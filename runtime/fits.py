@@ -207,6 +207,14 @@ def fit_call(small: tuple[float, float], large: tuple[float, float]) -> CallFit:
     return CallFit(call_s, many / (many_s - call_s))
 
 
+def fit_serial_share(one_per_s: float, threads: int, all_per_s: float) -> float:
+    """Amdahl's serial share, by which so many threads give what they give together, and one alone what it does; 0 where
+    they don't hold each other up."""
+    if threads < 2:
+        return 0.0
+    return max(0.0, (threads * one_per_s / all_per_s - 1.0) / (threads - 1))
+
+
 class GapFit(NamedTuple):
     """Seconds by which a kernel takes longer while copies go up, and down; and by what factor more beside Adam too."""
 

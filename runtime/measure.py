@@ -44,6 +44,7 @@ from slidetune.runtime.fits import (
     fit_contention,
     fit_gaps,
     fit_link,
+    fit_serial_share,
     rates_together,
     repeated,
 )
@@ -171,7 +172,10 @@ class _Bench:
         return Arena(size, pin=self.cuda, name="measurement")
 
     def adam_arena(self) -> Arena:
-        return Arena(_STATE_BYTES * self.most, name="Adam's measurement")
+        arena = Arena(_STATE_BYTES * self.most, name="Adam's measurement")
+        # Numbers around 0.01 of any width, as in training: CPUs may leave out writing zeros over zeros.
+        arena.tensor(0, arena.nbytes, torch.uint8).fill_(0x3C)
+        return arena
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
@@ -470,14 +474,20 @@ class _Bench:
         calls = [self._call(rates) for rates in passes]
         call_s, per_s = (repeated(column) for column in zip(*calls, strict=True))
         if all_of_them is None:
-            dram, how = per_s, f"less the cost of a call, {_threads(self.threads)}, median of {PASSES} passes"
+            threads, dram = self.threads, per_s
+            how = f"less the cost of a call, {_threads(threads)}, median of {PASSES} passes"
         else:
-            dram, how = all_of_them._replace(value=1.0 / all_of_them.value), _threads(self.all_threads)
+            threads, dram = self.all_threads, all_of_them._replace(value=1.0 / all_of_them.value)
+            how = _threads(threads)
+        serial_share = fit_serial_share(1.0 / one.value, threads, dram.value)
         capacity = _ADAM_BYTES * dram.value
         small, large = (f"{params / MIB:.3g} Mi" for params in (self.small_call, self.effort.params))
         figures = {
             "dram_gbs": self._figure(capacity / GB, f"{what}, {how}, 26 bytes a parameter", dram.spread),
             "adam_gparams_per_core": self._figure(1.0 / one.value / 1e9, f"{what}, 1 thread", one.spread),
+            "adam_serial_share": self._figure(
+                serial_share, f"{what}, 1 thread against {_threads(threads)}", max(one.spread, dram.spread)
+            ),
             "adam_call_us": self._figure(
                 call_s.value * 1e6,
                 f"{what}, {_threads(self.threads)}, {small} parameters against {large}",
@@ -485,7 +495,8 @@ class _Bench:
             ),
         }
         # As the simulator has it: the rate of these threads, or DRAM's.
-        adam_share = min(1.0, self.threads / one.value * _ADAM_BYTES / capacity)
+        together = self.threads / (1.0 + (self.threads - 1) * serial_share)
+        adam_share = min(1.0, together / one.value * _ADAM_BYTES / capacity)
         return Host(
             name=platform.processor() or platform.machine(),
             cores=self._figure(self.cores, "what the process may use"),

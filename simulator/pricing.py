@@ -148,7 +148,7 @@ class PriceList:
 
     def _adam(self, work: Work) -> Price:
         host = self.profile.host
-        streaming = self._on_cores(work, host.adam_gparams_per_core.value)
+        streaming = self._on_cores(work, host.adam_gparams_per_core.value, host.adam_serial_share.value)
         if work.op == "adam rows":
             share = min(1.0, host.adam_rows_share.value)
             # Its threads are as busy, only slower.
@@ -161,11 +161,12 @@ class PriceList:
     def _convert(self, work: Work) -> Price:
         return self._on_cores(work, self.profile.host.convert_gparams_per_core.value)
 
-    def _on_cores(self, work: Work, gparams_per_core: float) -> Price:
-        """Streaming over parameters on CPU threads: as fast as the cores, or as DRAM, allow."""
+    def _on_cores(self, work: Work, gparams_per_core: float, serial_share: float = 0.0) -> Price:
+        """Streaming over parameters on CPU threads: as fast as cores, which hold each other up, or DRAM allow."""
         host = self.profile.host
         threads = min(work.threads, host.cores.value)
-        rate = min(threads * gparams_per_core * 1e9, host.dram_bytes_per_s / work.param_bytes)
+        together = threads / (1.0 + max(0.0, threads - 1.0) * serial_share)
+        rate = min(together * gparams_per_core * 1e9, host.dram_bytes_per_s / work.param_bytes)
         shares = (
             ("host DRAM", rate * work.param_bytes / host.dram_bytes_per_s),
             ("CPU cores", threads / host.cores.value),

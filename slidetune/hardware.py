@@ -189,6 +189,8 @@ class Host:
     """Weight of uploads against Adam where both are held back by DRAM and downloads run too."""
     download_duplex_priority: Figure = Figure(1.06, "derived", _BOTH_WAYS)
     """Weight of downloads against Adam where both are held back by DRAM and uploads run too."""
+    adam_serial_share: Figure = Figure(0.0, "derived", "not measured: cores are taken not to hold each other up")
+    """By Amdahl's law: n threads of Adam are n / (1 + (n - 1) * share) times as fast as one, as all wait for DRAM."""
     adam_call_us: Figure = Figure(0.0, "derived", "not measured: Adam's rate is taken to be that of large calls")
     """Fixed cost of a call of CPU Adam, microseconds: waking its threads and gathering them."""
     gather_gbs: Figure = Figure(45.0, "derived", _ROWS)

@@ -43,6 +43,7 @@ _MAY_BE_ZERO = {
     "host.upload_dram_weight",
     "host.download_dram_weight",
     "host.process_gib",
+    "host.adam_serial_share",
     "host.adam_call_us",
 }
 

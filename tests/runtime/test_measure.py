@@ -41,6 +41,7 @@ MAY_BE_ZERO = (
     "gpu.gap_uploads_us",
     "gpu.gap_downloads_us",
     "link.latency_us",
+    "host.adam_serial_share",
     "host.adam_call_us",
 )
 QUICK = Effort(
@@ -174,6 +175,9 @@ def test_adams_rate_and_cost_of_a_call_come_from_the_passes():
     call, rate = host.adam_call_us.value * 1e-6, host.dram_gbs.value * 1e9 / 26
     assert call + QUICK.params / rate == pytest.approx(large, rel=2e-3)
     assert call + here.small_call / rate == pytest.approx(small, abs=large * 2e-3) or call == 0.0
+    # One thread alone, and all of them together, are as fast in the simulator as they were.
+    serial = host.adam_serial_share.value
+    assert 15 * 1.0 / (1 + 14 * serial) == pytest.approx(rate / 1e9, rel=2e-3) if rate < 15e9 else serial == 0.0
     assert host.upload_priority.value == pytest.approx(0.7 / 0.8, rel=1e-3)
     assert host.download_priority.value == pytest.approx(0.9 / 0.75, rel=1e-3)
     assert host.upload_duplex_priority.value == pytest.approx(0.5 / 0.7, rel=1e-3)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidetune.runtime.fits import fit_call, fit_gaps, fit_link, rates_together, repeated
+from slidetune.runtime.fits import fit_call, fit_gaps, fit_link, fit_serial_share, rates_together, repeated
 from slidetune.units import KIB, MIB
 
 SIZES = [4 * KIB, 64 * KIB, MIB, 16 * MIB, 256 * MIB]
@@ -128,6 +128,26 @@ def test_any_two_calls_give_a_cost_and_a_rate_that_can_be(small_s, large_s):
 
 
 # --- kernels beside copies
+
+
+# benchmarks/results/adam_h200.md: billions of parameters a second by threads.
+H200_ADAM = {1: 0.85, 2: 1.59, 4: 2.71, 8: 4.02, 12: 4.70, 16: 5.54}
+
+
+def test_what_one_thread_and_all_of_them_do_tells_what_others_do():
+    share = fit_serial_share(H200_ADAM[1], 16, H200_ADAM[16])
+    for threads, rate in H200_ADAM.items():
+        # All waiting for nobody, it would be up to 2.5 times as fast.
+        assert threads * H200_ADAM[1] / (1 + (threads - 1) * share) == pytest.approx(rate, rel=0.06)
+
+
+@given(st.floats(0.0, 1.0), st.integers(2, 128), st.floats(1e6, 1e10))
+def test_a_serial_share_comes_back(share, threads, one):
+    assert fit_serial_share(one, threads, threads * one / (1 + (threads - 1) * share)) == pytest.approx(share, abs=1e-9)
+
+
+def test_threads_that_help_each_other_have_no_serial_share():
+    assert fit_serial_share(1.0, 4, 5.0) == fit_serial_share(1.0, 1, 0.5) == 0.0
 
 
 def test_gaps_by_hand():

@@ -336,6 +336,21 @@ def test_larger_transfers_take_longer_and_are_no_less_efficient(size, other, lan
     assert b * small <= a * large * (1 + 1e-12)
 
 
+@given(st.floats(0.0, 1.0), st.integers(1, 15))
+def test_threads_of_adam_hold_each_other_up(serial_share, threads):
+    """And yet another thread never makes it slower, nor twice as many more than twice as fast."""
+    profile = RTX4090.replaced("host.adam_serial_share", Figure(serial_share)).replaced("host.cores", Figure(32.0))
+
+    def rate(threads):
+        return 1e9 / alone(Work(op="adam", lane=CPU_ADAM, params=10**9, param_bytes=26.0, threads=threads), profile)
+
+    capacity = profile.host.dram_bytes_per_s / 26.0
+    law = threads / (1 + (threads - 1) * serial_share) * profile.host.adam_gparams_per_core.value * 1e9
+    assert rate(threads) == pytest.approx(min(law, capacity))
+    assert rate(threads) <= rate(threads + 1) * (1 + 1e-9)
+    assert rate(2 * threads) <= 2 * rate(threads) * (1 + 1e-9)
+
+
 def test_adam_is_held_back_by_its_threads_or_by_dram():
     host = RTX4090.host
     few = Work(op="adam", lane=CPU_ADAM, params=10**9, param_bytes=26.0, threads=2)

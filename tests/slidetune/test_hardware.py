@@ -75,7 +75,7 @@ def test_achieved_rates_are_peak_times_efficiency():
 def test_what_was_never_measured_costs_nothing():
     gpu, host = PROFILE.gpu, PROFILE.host
     assert (gpu.gap_uploads_us.value, gpu.gap_downloads_us.value, gpu.gap_adam_factor.value) == (0, 0, 1)
-    assert host.adam_call_us.value == 0
+    assert host.adam_call_us.value == host.adam_serial_share.value == 0
     # One rule for both ways, as long as nobody measured better: the least of the two ways' own priorities.
     least = min(host.upload_priority.value, host.download_priority.value)
     assert host.upload_duplex_priority.value == host.download_duplex_priority.value == least

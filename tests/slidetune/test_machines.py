@@ -541,6 +541,7 @@ def test_a_profile_from_before_a_figure_was_known_has_its_default(tmp_path):
         "host": (
             "upload_duplex_priority",
             "download_duplex_priority",
+            "adam_serial_share",
             "adam_call_us",
             "gather_gbs",
             "sum_rows_gbs",
