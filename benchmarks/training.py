@@ -305,7 +305,7 @@ def forward(recipe: Recipe, plan: Plan, started: Row, profile: HardwareProfile |
     from slidetune.runtime.training.setup import data_for
 
     home = Path(recipe.model)
-    # Once more: who trains does not tell how many they were.
+    # Once more, to time it.
     tokens = tokens_for(home, load_model(str(home)).vocab_size)
     held_out = data_for(recipe, plan, home, tokens, store=Path(recipe.output)).held_out
     begin = time.perf_counter()
@@ -429,8 +429,8 @@ def saving_in_all(seen: Row, step_s: float | None) -> Row:
 
 
 def pauses_s(seen: Row) -> dict[int, float]:
-    """How long training paused to save, by the step before it, as its steps show it: beside what a checkpoint says,
-    waiting for the one before it is in this. Evaluations are not."""
+    """How long training paused to save, by the step before it, as its steps show it, waiting for the checkpoint before
+    it included. Evaluations are not."""
     steps = {row["step"]: row for row in seen["steps"]}
     evaluations = {one["step"]: one["seconds"] for one in seen["evaluations"]}
     return {

@@ -79,8 +79,11 @@ def shifted(labels: Tensor) -> Tensor:
     return nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
 
 
-def micro_batches(tensors: Mapping[str, Tensor], plan: Plan, parts: Parts, device: torch.device) -> tuple:
-    """(micro-batches, rows of the embedding tables they read, sorted, labels that count)."""
+def micro_batches(
+    tensors: Mapping[str, Tensor], plan: Plan, parts: Parts, device: torch.device, *, trained: bool = True
+) -> tuple:
+    """(micro-batches, rows of the embedding tables they read, sorted, labels that count). `trained`: a backward pass
+    follows."""
     labels = shifted(tensors["labels"])
     items = int((labels != IGNORED).sum())
     if not items:
@@ -106,7 +109,7 @@ def micro_batches(tensors: Mapping[str, Tensor], plan: Plan, parts: Parts, devic
                 labels=labels[span].flatten().to(device, non_blocking=True),
                 calls=calls,
                 rows=rows,
-                readers=Readers.of(rows[0].reshape(-1), read[0].numel()) if len(rows) == 1 else None,
+                readers=Readers.of(rows[0].reshape(-1), read[0].numel()) if trained and len(rows) == 1 else None,
                 shape=tuple(inputs["input_ids"].shape),
                 shared=_storages(calls),
             )

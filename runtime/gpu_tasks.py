@@ -78,7 +78,7 @@ def recompute(walk: Walk, index: int, task: Task) -> Operation:
     i, m = task.unit - 1, task.micro_batch
     source = walk.hidden[i, m]
     pointed, weights = walk.machine.pointed[task.unit], walk.weights[task.unit]
-    again = Again(walk.machine.parts.layers[i])
+    again = Again(walk.machine.parts.layers[i], whole=walk.machine.randomness.active)
 
     def body(step: Step, inputs: Inputs) -> None:
         pointed.point(weights)

@@ -346,7 +346,8 @@ class _Bench:
         return [[(there[0], source) for source in here[:count]], [(target, there[1]) for target in here[count:]]]
 
     def _copy(self, ends: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-        """Copies between one target and source after the other, so that no cache has them; each waits for its end."""
+        """Copies between one target and source after the other, so that no cache has large ones; each waits for its
+        end."""
         if not self.cuda:
             return _in_turn(lambda pair: pair[0].copy_(pair[1]), ends)
         stream = torch.cuda.Stream(self.device)

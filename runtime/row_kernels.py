@@ -48,7 +48,7 @@ class Readers:
 
 def sum_rows(upstream: Tensor, readers: Readers, out: Tensor, *, fresh: bool, threads: int) -> None:
     """For each row the sum of the gradients of the tokens that read it, in the tokens' order, rounded to bf16 after
-    each: the bits of torch's embedding_dense_backward on the CPU.
+    each: the bits of torch's embedding_dense_backward on the CPU, but for NaN, which is always 0x7FC0.
 
     Args:
         upstream: bf16 [tokens, width], contiguous.
@@ -58,6 +58,8 @@ def sum_rows(upstream: Tensor, readers: Readers, out: Tensor, *, fresh: bool, th
         threads: CPU threads, the calling one included.
     """
     rows, width = out.shape
+    if readers.starts.size != rows + 1 or readers.order.size != upstream.shape[0]:
+        raise ValueError(f"readers of {readers.starts.size - 1} rows by {readers.order.size} tokens don't fit")
     library = adam_native.library()
     if library is None:
         found = torch.ops.aten.embedding_dense_backward(upstream, readers.places, rows, -1, False)

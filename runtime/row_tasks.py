@@ -21,12 +21,18 @@ def gather(walk: Walk, index: int, task: Task) -> Operation:
     target = walk.slot(index, "saved inputs") if target is None else target
     walk.hidden[0, m] = target
     staging = _rows_staging(walk, 0, m)
+    # In evaluation the host may be a pass ahead of the device.
+    copied = torch.cuda.Event(blocking=True) if walk.device.type == "cuda" else None
 
     def run(step: Step) -> None:
         shape = step.micro_batches[m].shape
         staged = as_hidden(staging, shape, walk.spec.hidden_size)
+        if copied is not None:
+            copied.synchronize()
         walk.embedding.gather(step, m, staged, walk.plan.adam_threads)
         as_hidden(target, shape, walk.spec.hidden_size).copy_(staged, non_blocking=True)
+        if copied is not None:
+            copied.record()
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -101,6 +102,7 @@ def _write(folder: Path, model: nn.Module, units: Iterable[dict[str, Tensor]]) -
         size += sum(tensor.nbytes for tensor in weights.values())
     write_index(folder, where, size)
     model.config.save_pretrained(folder)
-    # safetensors' files are their owner's alone.
-    for file in set(where.values()):
-        shutil.copymode(folder / "config.json", folder / file)
+    # safetensors' files are their owner's alone. Not every filesystem has modes.
+    with contextlib.suppress(OSError):
+        for file in set(where.values()):
+            shutil.copymode(folder / "config.json", folder / file)

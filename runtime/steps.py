@@ -30,7 +30,7 @@ class MicroBatch:
     rows: list[Tensor]
     """Per embedding table, each id's place among the step's rows; on the host."""
     readers: Readers | None
-    """The same of one table's, by row; None where there are more tables."""
+    """The same of one table's, by row; None where there are more tables, and where nothing is trained."""
     shape: tuple[int, int]
     """Sequences and tokens."""
     shared: set[int]

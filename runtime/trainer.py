@@ -33,6 +33,7 @@ from slidetune.plan_file import read_plan
 from slidetune.plans import Placement, Plan, captured, place_layers
 from slidetune.runtime import arena, batches, clipping
 from slidetune.runtime.adam import AdamW
+from slidetune.runtime.again import has_hooks
 from slidetune.runtime.binding import Parts
 from slidetune.runtime.captured import Passes, cuda_passes
 from slidetune.runtime.counted_spec import spec_of
@@ -235,8 +236,8 @@ class SlidingTrainer:
         return self.evaluate_all([batch])[0]
 
     def evaluate_all(self, of: Iterable[Mapping[str, Any]]) -> list[float]:
-        """What `evaluate` returns for each of several batches, faster: a pass fetches its first layers while the one
-        before computes. Raises as that does; also what the iterable raises."""
+        """What `evaluate` returns for each of several batches, faster: while a pass computes, the next batch is made
+        ready. Raises as that does; also what the iterable raises."""
         self._check_open()
         self.finish()
         if self._evaluation is None:
@@ -247,7 +248,7 @@ class SlidingTrainer:
             try:
                 for batch in of:
                     tensors = batches.checked(batch, self.plan, self.spec.vocab_size, self.spec.max_seq_len)
-                    step = Step(number=self.steps, **self._taken_apart(tensors))
+                    step = Step(number=self.steps, **self._taken_apart(tensors, trained=False))
                     now = step, self._submit(step, self._evaluation.course)
                     if before is not None:
                         found.append(self._evaluated(*before))
@@ -414,9 +415,9 @@ class SlidingTrainer:
             self._recorded.append(Recorded(step.number, step.times))
         return step
 
-    def _taken_apart(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _taken_apart(self, tensors: Mapping[str, Tensor], *, trained: bool = True) -> dict[str, Any]:
         """What a Step knows of its batch, and a place for its losses."""
-        micro, rows, items = batches.micro_batches(tensors, self.plan, self.parts, self.device)
+        micro, rows, items = batches.micro_batches(tensors, self.plan, self.parts, self.device, trained=trained)
         on_cuda = self.device.type == "cuda"
         prepared = torch.cuda.Event() if on_cuda else None
         if on_cuda:
@@ -556,7 +557,7 @@ class SlidingTrainer:
         kinds of attention than torch's look at their masks on the host."""
         attention = getattr(self.parts.model.config, "_attn_implementation", None)
         as_they_are = (
-            self._randomness.active or _has_hooks(self.parts.layers) or attention not in (None, "eager", "sdpa")
+            self._randomness.active or has_hooks(self.parts.layers) or attention not in (None, "eager", "sdpa")
         )
         recorded = captured(self.plan, self.spec) and _records(self.device) and not as_they_are
         return cuda_passes(self.device) if recorded else Passes()
@@ -629,11 +630,6 @@ def _warn_if_refused(step: Step | None) -> None:
 
 def _records(device: torch.device) -> bool:
     return device.type == "cuda"
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(part, kind) for part in module.modules() for kind in kinds)
 
 
 def _is_rate(value: object) -> bool:

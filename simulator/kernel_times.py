@@ -30,12 +30,11 @@ class KernelTimes:
                 place = _place(time.flops, time.traffic_bytes, time.launches)
                 self._points.setdefault(time.op, []).append((place, math.log(time.seconds / time.model_s)))
 
-    def ratio(self, work: Work) -> float | None:
-        """Time of a GPU task over what the GPU's figures alone say of the whole of it; None if no task of its kind was
-        measured."""
+    def ratio(self, work: Work) -> float:
+        """Time of a GPU task over what the GPU's figures alone say."""
         points = self._points.get(work.op)
         if not points:
-            return None
+            return 1.0
         place = _place(work.flops, work.traffic_bytes, work.launches)
         total = weights = 0.0
         for point, ratio in points:

@@ -104,11 +104,7 @@ class PriceList:
 
     def _gpu(self, work: Work) -> Price:
         launching = (("CPU cores", min(1.0, 1.0 / self.profile.host.cores.value)),)
-        ratio = self._kernel_times.ratio(work)
-        if ratio is None:
-            # What is left out is missing in what was measured.
-            work, ratio = replace(work, flops=work.flops - work.left_out_flops), 1.0
-        seconds = gpu_seconds(work, self.profile.gpu) * ratio
+        seconds = gpu_seconds(work, self.profile.gpu) * self._kernel_times.ratio(work)
         # Where no kernel ever waits, one demand stands for all GPU tasks, and mixes are few.
         kernels_per_s = work.launches / seconds if self._waits_s and seconds > 0 else 0.0
         return Price(seconds, Demand(launching, _LAUNCH_PRIORITY, kernels_per_s=kernels_per_s))

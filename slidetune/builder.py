@@ -259,8 +259,7 @@ class _Step:
         again = self._work(
             "recompute",
             GPU,
-            flops=unit.forward_flops(plan.micro_batch, plan.seq_len),
-            left_out_flops=unit.unread_flops(plan.micro_batch, plan.seq_len),
+            flops=unit.recompute_flops(plan.micro_batch, plan.seq_len),
             traffic_bytes=self._traffic(unit),
             launches=self._launches(unit),
             working_bytes=buffers.recompute_working_bytes(unit, plan, self.kernels),
@@ -654,7 +653,7 @@ class _Forward(_Step):
         self._forward()
         self._visit()
         self._loss()
-        # The caller has the loss before the next batch is known: no lane runs ahead into the next pass.
+        # No lane runs ahead into the next pass: buffers of the host are free once the loss is there.
         first = {task.work.lane: i for i, task in reversed(list(enumerate(self.tasks)))}
         for task in first.values():
             self._await_previous(task, "loss")

@@ -90,10 +90,11 @@ class LayerShape:
         return self.attention_matmul + self.hidden * self.experts + self.active * self.mlp_matmul
 
     @property
-    def unread_elements(self) -> int:
-        """Weight elements of the last product, if a gradient doesn't depend on what comes of it."""
-        read = self.experts or self.post_norms or not self.ends_in_sum
-        return 0 if read else self.inner * self.hidden
+    def left_out_elements(self) -> int:
+        """Weight elements of the last product, if no gradient depends on what comes of it."""
+        if self.experts or self.post_norms or not self.ends_in_sum:
+            return 0
+        return self.inner * self.hidden
 
     @property
     def params(self) -> int:

@@ -70,7 +70,7 @@ class Unit:
     added to the accumulator."""
     matmul_elements: int
     """Weight elements one token is multiplied with (of a mixture, the active experts only)."""
-    unread_elements: int = 0
+    left_out_elements: int = 0
     """Of these, those of a layer's last product where it is only added to the residual: a gradient needs no term of a
     sum, so recomputation leaves it out."""
     attention_width: int = 0
@@ -109,9 +109,9 @@ class Unit:
         """FLOPs of a forward pass of `sequences` sequences of `seq_len` tokens."""
         return self.matmul_flops(sequences, seq_len) + self.attention_flops(sequences, seq_len)
 
-    def unread_flops(self, sequences: int, seq_len: int) -> float:
-        """Of a forward pass's FLOPs those that recomputation leaves out."""
-        return 2.0 * self.unread_elements * sequences * seq_len
+    def recompute_flops(self, sequences: int, seq_len: int) -> float:
+        """FLOPs of a forward pass that only a backward pass needs."""
+        return self.forward_flops(sequences, seq_len) - 2.0 * self.left_out_elements * sequences * seq_len
 
     def backward_flops(self, sequences: int, seq_len: int) -> float:
         """FLOPs of a backward pass: twice the weight products, or once for frozen weights; attention 2.5 times,
@@ -176,6 +176,11 @@ class ModelSpec:
     def loss_working_bytes(self, tokens: int) -> int:
         """Bytes alive in the chunked loss: logits in bf16, whose place their gradient takes."""
         return self.loss_chunk_tokens(tokens) * self.vocab_size * BF16_BYTES
+
+
+def recomputed_whole(model: ModelSpec) -> ModelSpec:
+    """The model if recomputation left nothing out."""
+    return replace(model, units=tuple(replace(unit, left_out_elements=0) for unit in model.units))
 
 
 def untrained(model: ModelSpec) -> ModelSpec:

@@ -42,8 +42,6 @@ class Work:
     lane: str
     flops: float = 0.0
     """Matrix and attention FLOPs on the GPU."""
-    left_out_flops: float = 0.0
-    """Of these, what the runtime leaves out, since nobody reads what comes of it."""
     traffic_bytes: float = 0.0
     """Device-memory traffic of memory-bound GPU kernels."""
     launches: int = 0

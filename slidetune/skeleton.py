@@ -26,7 +26,7 @@ def assemble(skeleton: Skeleton, name: str, family: str, *, draws: bool) -> Mode
     """The units of a skeleton, with embedding and head, as a `ModelSpec`. `draws`: training draws random numbers."""
     first = skeleton.layers[0]
     hidden, vocab, norm = first.hidden, skeleton.vocab, first.norm
-    costs = {shape: _layer_figures(shape) for shape in set(skeleton.layers)}
+    costs = {shape: _layer_figures(shape, draws) for shape in set(skeleton.layers)}
     layers = [Unit(index=i, **costs[shape]) for i, shape in enumerate(skeleton.layers, start=1)]
     head = _head(len(layers) + 1, skeleton, hidden, norm, fused=first.fused_kernels)
     return ModelSpec(
@@ -41,14 +41,14 @@ def assemble(skeleton: Skeleton, name: str, family: str, *, draws: bool) -> Mode
     )
 
 
-def _layer_figures(shape: LayerShape) -> dict[str, Any]:
+def _layer_figures(shape: LayerShape, draws: bool) -> dict[str, Any]:
     return {
         "kind": "layer",
         "params": shape.params,
         "weight_elements": shape.params,
         "largest_tensor": shape.largest_tensor,
         "matmul_elements": shape.matmul_elements,
-        "unread_elements": shape.unread_elements,
+        "left_out_elements": 0 if draws else shape.left_out_elements,
         "attention_width": shape.query,
         "attention_span": shape.span,
         "eager": layer_costs(shape, fused=False),

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from slidetune import api, provenance
 from slidetune.hardware import HardwareProfile
 from slidetune.machines import adapted, load_profile
+from slidetune.model import recomputed_whole
 from slidetune.models import load_model
 from slidetune.plan_file import read_plan
 from slidetune.plans import Plan
@@ -105,7 +106,8 @@ def predict_again(run: RecordedRun, profile: HardwareProfile) -> Prediction:
     """What the simulator says today about a run."""
     plan = run.plan
     here = api.within_cap(adapted(profile, kernels=run.kernels), plan)
-    evaluator = Evaluator(load_model(plan.model), here)
+    model = load_model(plan.model)
+    evaluator = Evaluator(recomputed_whole(model) if run.recomputes_whole else model, here)
     return predict(evaluator.schedule(plan), here, evaluator.prices)
 
 
@@ -205,6 +207,7 @@ def _recorded(plan: Plan, trainer: SlidingTrainer, measured: Measured, warm_up: 
         versions=provenance.versions(),
         device=device,
         kernels=trainer.kernels,
+        recomputes_whole=False,
         plan=plan,
         measured=MeasuredSteps(
             step_s=step_s,

@@ -72,6 +72,8 @@ class RecordedRun:
     kernels: Literal["eager", "liger"]
     plan: Plan
     measured: MeasuredSteps
+    recomputes_whole: bool = True
+    """Layers were recomputed with their last product, as all were before 26 November 2026."""
     profile: str = ""
     """File of the machine's profile, in the record's folder; empty before the run is saved."""
     version: Literal[1] = RECORD_VERSION

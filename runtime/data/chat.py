@@ -134,6 +134,8 @@ class Chat:
             # The template has written special tokens itself.
             return self._tokenizer(text, add_special_tokens=False, verbose=False, **how)
         except (TypeError, UnicodeEncodeError):
+            if not any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise
             raise ValueError("has messages with half a surrogate pair, which is no text") from None
 
 

@@ -335,8 +335,8 @@ void slidetune_adam_step(int path, int threads, int64_t count, uint16_t* high, i
   const int64_t blocks = (count + kBlock - 1) / kBlock;
   const slidetune::Pools& pools = slidetune::Pools::shared();
   pools.adam->run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
-    pools.urgent->help();
     const PlainFloatingPoint mode;
+    pools.urgent->help();
     const int64_t begin = block * kBlock, end = begin + kBlock;
     kernel(arrays, begin, end < count ? end : count, *coefficients);
   });
@@ -352,8 +352,8 @@ void slidetune_adam_rows(int path, int threads, int64_t width, int64_t count, co
   const int64_t blocks = (count + rows_at_once - 1) / rows_at_once;
   const slidetune::Pools& pools = slidetune::Pools::shared();
   pools.adam->run(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
-    pools.urgent->help();
     const PlainFloatingPoint mode;
+    pools.urgent->help();
     const int64_t begin = block * rows_at_once, end = begin + rows_at_once;
     // Zeros, and where both matrices have a gradient, their sum.
     std::vector<uint16_t> own(width);

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slidetune.families import spec_from_config
 from slidetune.runtime import again
@@ -29,8 +29,8 @@ def worthless(monkeypatch):
         out = plain(self, func, types, args, kwargs)
         return out.fill_(float("nan")) if func in again._PRODUCTS else out
 
-    plain = again._Unmade.__torch_dispatch__
-    monkeypatch.setattr(again._Unmade, "__torch_dispatch__", unmade)
+    plain = again._LeftOut.__torch_dispatch__
+    monkeypatch.setattr(again._LeftOut, "__torch_dispatch__", unmade)
 
 
 def gradients(run, layer, x, upward, call=NO_CALL):
@@ -64,8 +64,8 @@ def test_gradients_are_those_of_the_whole_pass_and_the_spec_says_what_is_left_ou
         for _ in range(3):
             assert_same(gradients(recomputed, layer, x, upward, call), whole)
         left_out = 0 if recomputed.left_out is None else recomputed.left_out.weight.numel()
-        assert left_out == unit.unread_elements
-        assert 0.0 <= unit.unread_flops(2, 20) < 0.5 * unit.matmul_flops(2, 20)
+        assert left_out == unit.left_out_elements
+        assert unit.forward_flops(2, 20) - unit.recompute_flops(2, 20) == 2 * left_out * 40
 
 
 class Layer(nn.Module):
@@ -100,11 +100,16 @@ NEEDED = {
     "scaled": lambda layer, x, h: x + 0.5 * layer.second(h),
     "twice": lambda layer, x, h: (lambda out: out + torch.tanh(out))(layer.second(h)),
     "added to itself": lambda layer, x, h: (lambda out: out + out)(layer.second(h)),
+    "run before": lambda layer, x, h: x + layer.second(torch.tanh(layer.second(h))),
+    "read by its value": lambda layer, x, h: (lambda out: x + out + x * out.detach().norm())(layer.second(h)),
+    "looked at": lambda layer, x, h: (lambda out: x + (out if out.isfinite().all() else 0 * out))(layer.second(h)),
+    "a sum looked at": lambda layer, x, h: (lambda out: out + x * out.detach().norm())(x + layer.second(h)),
+    "an argument by name": lambda layer, x, h: x + torch.clamp(input=layer.second(h), max=0.1),
     "no module": lambda layer, x, h: x + h @ layer.third.weight,
 }
 
-# Where autograd keeps the product's name, which a bias decides.
-EITHER = {"in place": in_place}
+# In place, autograd keeps the product's name or not, as a bias has it.
+EITHER = {"in place": in_place, "multiplied in place": lambda layer, x, h: x + layer.second(h).mul_(2.0)}
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -121,25 +126,94 @@ def test_only_what_is_added_and_nothing_else_is_left_out(ends, bias, dtype, wort
     assert not any(module._forward_hooks or "forward" in module.__dict__ for module in layer.modules())
 
 
+class Products(TorchDispatchMode):
+    """Counts the matrix products that are computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in again._PRODUCTS
+        return func(*args, **(kwargs or {}))
+
+
 def test_the_product_is_not_computed():
     layer, x = Layer(LEFT_OUT["sum"]), torch.randn(2, 8, 32).requires_grad_()
-    recomputed, flops = Again(layer), []
+    recomputed, counts = Again(layer), []
     for _ in range(3):
-        with FlopCounterMode(display=False) as counter:
+        with Products() as products:
             recomputed(x, NO_CALL)
-        flops.append(counter.get_total_flops())
-    product = 2 * 16 * 32 * 32
-    assert flops == [2 * product, product, product]
+        counts.append(products.count)
+    assert counts == [2, 1, 1]
 
 
-def test_a_hook_sees_the_whole_output():
+@pytest.mark.parametrize("hooked", ["product", "layer", "all modules"])
+def test_a_hook_sees_the_whole_output(hooked, worthless):
     layer, x = Layer(LEFT_OUT["sum"]), torch.randn(2, 8, 32).requires_grad_()
     recomputed, seen = Again(layer), []
     recomputed(x, NO_CALL)
     recomputed(x, NO_CALL)
-    layer.second.register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
+
+    def see(module, args, out):
+        seen.append(out.detach().clone())
+
+    if hooked == "all modules":
+        hook = nn.modules.module.register_module_forward_hook(see)
+    else:
+        hook = (layer if hooked == "layer" else layer.second).register_forward_hook(see)
+    try:
+        recomputed(x, NO_CALL)
+    finally:
+        hook.remove()
+    expected = layer(x) if hooked != "product" else layer.second(torch.tanh(layer.first(x)))
+    assert torch.equal(seen[-1], expected.detach())
+    # And without it, on as before.
     recomputed(x, NO_CALL)
-    assert torch.equal(seen[0], layer.second(torch.tanh(layer.first(x))).detach())
+    assert recomputed.left_out is layer.second
+
+
+def test_a_layer_that_goes_another_way_later_is_run_whole(worthless):
+    layer = Layer(lambda layer, x, h: (NEEDED["activation behind"] if layer.other else LEFT_OUT["sum"])(layer, x, h))
+    layer.other = False
+    x, upward = torch.randn(2, 8, 32), torch.randn(2, 8, 32)
+    recomputed = Again(layer)
+    for other in (False, False, True, True, False):
+        layer.other = other
+        whole = gradients(lambda x, call: layer_output(layer, x, call), layer, x, upward)
+        assert_same(gradients(recomputed, layer, x, upward), whole)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight @ torch.eye(32) * 2
+
+
+def test_a_module_that_changes_later_is_run_whole(worthless):
+    layer = Layer(LEFT_OUT["sum"])
+    x, upward = torch.randn(2, 8, 32), torch.randn(2, 8, 32)
+    recomputed = Again(layer)
+    for _ in range(2):
+        recomputed(x.requires_grad_(), NO_CALL)
+    nn.utils.parametrize.register_parametrization(layer.second, "weight", Doubled())
+    whole = gradients(lambda x, call: layer_output(layer, x, call), layer, x, upward)
+    assert_same(gradients(recomputed, layer, x, upward), whole)
+
+
+def test_one_module_under_two_names_is_run_whole(worthless):
+    layer = Layer(lambda layer, x, h: x + layer.third(torch.tanh(layer.second(h))))
+    layer.third = layer.second
+    x, upward = torch.randn(2, 8, 32), torch.randn(2, 8, 32)
+    whole = gradients(lambda x, call: layer_output(layer, x, call), layer, x, upward)
+    recomputed = Again(layer)
+    for _ in range(2):
+        assert_same(gradients(recomputed, layer, x, upward), whole)
+    assert recomputed.left_out is None
+
+
+def test_where_random_numbers_are_drawn_all_of_it_is_run():
+    layer = Layer(LEFT_OUT["sum"])
+    recomputed = Again(layer, whole=True)
+    recomputed(torch.randn(2, 8, 32).requires_grad_(), NO_CALL)
+    assert recomputed.left_out is None
 
 
 def test_a_module_that_does_more_than_its_class_is_run_whole():

@@ -29,5 +29,6 @@ def as_if_run(prediction, plan=None, *, stretch=1.0, device="cuda", name="run", 
         device=device,
         kernels="eager",
         plan=plan or Plan(model="llama-3.1-8b", micro_batch=8),
+        recomputes_whole=False,
         measured=MeasuredSteps(**measured | other),
     )
