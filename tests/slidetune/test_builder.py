@@ -140,11 +140,12 @@ def test_flops_are_what_model_and_plan_imply(drawn):
     schedule = build(model, plan)
     again = {i + 1 for i, p in enumerate(place_layers(plan, len(model.layers))) if p.inner == "recompute"}
     for unit in model.units:
-        forward, backward = (
+        forward, backward, recompute = (
             plan.accumulation * flops(plan.micro_batch, plan.seq_len)
-            for flops in (unit.forward_flops, unit.backward_flops)
+            for flops in (unit.forward_flops, unit.backward_flops, unit.recompute_flops)
         )
-        expected = forward + backward + forward * (unit.index in again)
+        assert 0.5 * forward <= recompute <= forward
+        expected = forward + backward + recompute * (unit.index in again)
         assert total(schedule, "flops", unit=unit.index) == pytest.approx(expected)
     assert schedule.total("flops") == schedule.total("flops", GPU)
 
