@@ -27,7 +27,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from slidetune.hardware import Figure, Gpu, HardwareProfile, Host, Link, Nvme
+from slidetune.hardware import Figure, Gpu, HardwareProfile, Host, Link, Nvme, amdahl_speedup
 from slidetune.machines import DEFAULT_HOST, load_host
 from slidetune.runtime.adam import AdamW, adam_implementation, adam_rows, adam_step
 from slidetune.runtime.arena import Arena, available_bytes
@@ -496,8 +496,7 @@ class _Bench:
             ),
         }
         # As the simulator has it: the rate of these threads, or DRAM's.
-        together = self.threads / (1.0 + (self.threads - 1) * serial_share)
-        adam_share = min(1.0, together / one.value * _ADAM_BYTES / capacity)
+        adam_share = min(1.0, amdahl_speedup(self.threads, serial_share) / one.value * _ADAM_BYTES / capacity)
         return Host(
             name=platform.processor() or platform.machine(),
             cores=self._figure(self.cores, "what the process may use"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from slidetune.errors import SlidetuneError
 from slidetune.gpu_time import gpu_seconds
-from slidetune.hardware import HardwareProfile, Nvme
+from slidetune.hardware import HardwareProfile, Nvme, amdahl_speedup
 from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, Work
 from slidetune.simulator.kernel_times import KernelTimes
 from slidetune.simulator.sharing import ADAM, DOWNLOAD, UPLOAD, Demand, fair_speeds
@@ -161,8 +161,9 @@ class PriceList:
         """Streaming over parameters on CPU threads: as fast as cores, which hold each other up, or DRAM allow."""
         host = self.profile.host
         threads = min(work.threads, host.cores.value)
-        together = threads / (1.0 + max(0.0, threads - 1.0) * serial_share)
-        rate = min(together * gparams_per_core * 1e9, host.dram_bytes_per_s / work.param_bytes)
+        rate = min(
+            amdahl_speedup(threads, serial_share) * gparams_per_core * 1e9, host.dram_bytes_per_s / work.param_bytes
+        )
         shares = (
             ("host DRAM", rate * work.param_bytes / host.dram_bytes_per_s),
             ("CPU cores", threads / host.cores.value),

@@ -156,6 +156,11 @@ _ROWS = "H200 machine, 15 threads: rows of 5 KiB are gathered at 45 GB/s, summed
 _BOTH_WAYS = "H200 probe: beside each other and Adam, copies keep 64 % of their rates and Adam 60 % of its own"
 
 
+def amdahl_speedup(threads: float, serial_share: float) -> float:
+    """How many times as fast as one so many threads are, by Amdahl's law."""
+    return threads / (1.0 + max(0.0, threads - 1.0) * serial_share)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """CPU and RAM."""
@@ -190,7 +195,7 @@ class Host:
     download_duplex_priority: Figure = Figure(1.06, "derived", _BOTH_WAYS)
     """Weight of downloads against Adam where both are held back by DRAM and uploads run too."""
     adam_serial_share: Figure = Figure(0.0, "derived", "not measured: cores are taken not to hold each other up")
-    """By Amdahl's law: n threads of Adam are n / (1 + (n - 1) * share) times as fast as one, as all wait for DRAM."""
+    """Of Adam's threads, by Amdahl's law (`amdahl_speedup`): all wait for the same DRAM."""
     adam_call_us: Figure = Figure(0.0, "derived", "not measured: Adam's rate is taken to be that of large calls")
     """Fixed cost of a call of CPU Adam, microseconds: waking its threads and gathering them."""
     gather_gbs: Figure = Figure(45.0, "derived", _ROWS)

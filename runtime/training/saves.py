@@ -28,7 +28,7 @@ class Saves:
         self._safe_step = step
         self._under_way: tuple[int, Saved] | None = None
         self._waited_s = 0.0
-        """For the checkpoint before the one under way."""
+        """For the checkpoint before, when it was last settled."""
 
     @property
     def under_way(self) -> bool:
@@ -37,9 +37,7 @@ class Saves:
 
     def begin(self, step: int, position: Mapping[str, Any]) -> None:
         """Save, and let training go on as soon as it may. Failures are told: the checkpoint before is whole."""
-        start = time.perf_counter()
         self._settle(step)
-        self._waited_s = time.perf_counter() - start
         try:
             self._begin(step, position)
         except CheckpointFailed as error:
@@ -48,9 +46,7 @@ class Saves:
 
     def last(self, step: int, position: Mapping[str, Any]) -> None:
         """Save unless this step is saved, and return once that is whole. Raises CheckpointFailed."""
-        start = time.perf_counter()
         self._settle(step)
-        self._waited_s = time.perf_counter() - start
         if step != self._safe_step:
             self._begin(step, position)
             self._checkpoints.wait()
@@ -78,11 +74,13 @@ class Saves:
 
     def _settle(self, step: int) -> None:
         """Wait for what is being written."""
+        start = time.perf_counter()
         try:
             self._checkpoints.wait()
         except CheckpointFailed as error:
             self._failed(step, error)
         self.tell()
+        self._waited_s = time.perf_counter() - start
 
     def _failed(self, step: int, error: CheckpointFailed) -> None:
         self._under_way = None

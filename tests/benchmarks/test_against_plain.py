@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
-import sys
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +12,11 @@ import pytest
 from slidetune.traces.recorded import load_run
 from slidetune.validating import validate_recorded
 
+from ..scripts import load_script, run_script
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "against_plain.py"
 CONFIG = {
     "model_type": "qwen3",
     "hidden_size": 32,
@@ -33,37 +31,14 @@ CONFIG = {
 }
 
 
-@cache
-def benchmark():
-    """The script, which is no package's module."""
-    spec = importlib.util.spec_from_file_location("against_plain_benchmark", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def measured(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        BENCHMARK,
-        "--model",
-        folder,
-        "--profile",
-        "h200-16c",
-        "--gpu-memory",
-        4,
-        "--seq-len",
-        32,
-    ]
-    command += ["--batch", 2, "--steps", 2, "--device", "cpu", "--json", folder / "out.jsonl", *options]
-    ran = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran
+    case = ["--model", folder, "--profile", "h200-16c", "--gpu-memory", 4, "--seq-len", 32, "--batch", 2]
+    how = ["--steps", 2, "--device", "cpu", "--json", folder / "out.jsonl"]
+    return run_script("against_plain", *case, *how, *options)
 
 
 def rows(folder: Path) -> list[dict]:
-    return benchmark().read_rows(folder / "out.jsonl")
+    return load_script("against_plain").read_rows(folder / "out.jsonl")
 
 
 @pytest.fixture
@@ -114,7 +89,7 @@ def test_one_process_measures_all_batches_from_the_same_weights(tiny):
         assert len(row["plain"]["losses"]) == 4
         assert row["max_loss_difference"] < 1e-3
         assert {each["micro_batch"] for each in row["plain"]["variants"]} == {batch}
-    lines = benchmark().plain_results(tiny / "out.plain.jsonl")
+    lines = load_script("against_plain").plain_results(tiny / "out.plain.jsonl")
     assert [one["batch"] for one in lines] == [2, 4]
     # What a job that was cut off has left is taken up.
     kept = [row | {"plain": None} for row in by_batch.values()]
@@ -130,9 +105,9 @@ def test_what_was_measured_before_its_process_was_ended_is_kept(tiny, monkeypatc
     def ended_early(work, job, timeout_s):
         line = {key: job[key] for key in ("model", "kernels", "seq_len")} | {"batch": 2, "found": {"variants": []}}
         Path(job["results"]).write_text(json.dumps(line) + '\n{"model": "cut o')
-        return benchmark().apart.Ended(error="ended after 1 s")
+        return load_script("against_plain").apart.Ended(error="ended after 1 s")
 
-    monkeypatch.setattr(benchmark().apart, "run", ended_early)
+    monkeypatch.setattr(load_script("against_plain").apart, "run", ended_early)
     bench._plain([row(2), row(4)])
     first, second = rows(tiny)
     assert first["plain"] == {"variants": []}
@@ -144,7 +119,7 @@ def bench_with(folder, batches):
     options = SimpleNamespace(json=folder / "out.jsonl", budget_s=60, run_s=1, plain_steps=1, device="cpu")
     about = {"model": "m", "kernels": "eager", "cap_gib": 4.0, "seq_len": 32, "error": "no"}
     made = {batch: about | {"batch": batch, "slidetune": None, "plain": None, "predicted": None} for batch in batches}
-    return benchmark().Bench(options), made.get
+    return load_script("against_plain").Bench(options), made.get
 
 
 def test_a_run_that_fails_is_a_row_with_its_error_and_is_tried_again(tiny):
@@ -186,18 +161,18 @@ class Small:
 
 def test_the_micro_batch_is_halved_until_it_fits():
     loop = Small()
-    found = benchmark().largest_that_fits(loop, torch.zeros(8, 4), steps=3, at_most=8)
+    found = load_script("against_plain").largest_that_fits(loop, torch.zeros(8, 4), steps=3, at_most=8)
     assert loop.tried == [8, 4, 2]
     assert (found["micro_batch"], found["step_s"]) == (2, 1.0)
     assert not loop.restarts
-    assert benchmark().largest_that_fits(loop, torch.zeros(8, 4), steps=3, at_most=0) is None
+    assert load_script("against_plain").largest_that_fits(loop, torch.zeros(8, 4), steps=3, at_most=0) is None
 
 
 def test_larger_batches_start_afresh_from_the_micro_batch_that_is_known_to_fit():
     loop, at_most = Small(), {}
     job = {"model": "m", "seq_len": 4, "plain_steps": 1}
     for batch in (2, 4, 8):
-        found = benchmark().both_ways(loop, job | {"batch": batch}, at_most)
+        found = load_script("against_plain").both_ways(loop, job | {"batch": batch}, at_most)
         assert [each["micro_batch"] for each in found["variants"]] == [2, 2]
         assert len(found["losses"]) == 3
     assert loop.tried == [2, 2, 4, 2, 4, 2, 2, 2]
@@ -209,7 +184,7 @@ def test_other_errors_are_no_lack_of_memory():
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        benchmark().if_it_fits(wrong)
+        load_script("against_plain").if_it_fits(wrong)
 
 
 def test_figures_of_a_row():
@@ -226,12 +201,14 @@ def test_figures_of_a_row():
             ],
         },
     }
-    found = benchmark().figures(row)
+    found = load_script("against_plain").figures(row)
     assert (found["plain_s"], found["plain_micro_batch"], found["plain_over_slidetune"]) == (0.5, 8, 0.5)
     assert found["share_of_bound"] == 0.8
     assert (found["ram_bytes_per_param"], found["ram_bytes_per_param_allowed"]) == (12.0, 14.5)
     assert (found["slideformer_s"], found["over_slideformer"], found["over_megatrain"]) == (1.70, 1.70, 3.48)
     assert found["max_loss_difference"] == 0.5
-    elsewhere = benchmark().figures(row | {"seq_len": 2048, "plain": row["plain"] | {"drawn_on_host": ["lm_head"]}})
+    elsewhere = load_script("against_plain").figures(
+        row | {"seq_len": 2048, "plain": row["plain"] | {"drawn_on_host": ["lm_head"]}}
+    )
     assert "slideformer_s" not in elsewhere
     assert "max_loss_difference" not in elsewhere

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
-import sys
-from functools import cache
-from pathlib import Path
 
 import pytest
+
+from ..scripts import load_script, run_script
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "training.py"
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 16,
@@ -27,22 +24,8 @@ CONFIG = {
 }
 
 
-@cache
-def benchmark():
-    """The script, which is no package's module."""
-    spec = importlib.util.spec_from_file_location("training_benchmark", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def ran(*options: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, BENCHMARK, *map(str, options)], capture_output=True, text=True, check=False, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+    return run_script("training", *options, timeout_s=100)
 
 
 def test_a_training_is_recorded(tmp_path):
@@ -66,7 +49,7 @@ def test_a_training_is_recorded(tmp_path):
     assert ran("--table", out).stdout == done.stdout
     # What is trained is there for the next time.
     made = {path: path.stat().st_mtime_ns for path in (folder / "data.jsonl", *(folder / "model").iterdir())}
-    benchmark().prepare(str(config), str(folder), "cpu", 1e6)
+    load_script("training").prepare(str(config), str(folder), "cpu", 1e6)
     assert made == {path: path.stat().st_mtime_ns for path in made}
 
 
@@ -91,7 +74,9 @@ def seen(steps: int, seconds: dict[int, float], saves: list[dict], evaluations: 
 
 
 def figures(seen: dict) -> dict:
-    return benchmark().figures({"seen": seen, "forward": {"batches": 3, "made_s": 0.1, "predicted_s": 0.25}})
+    return load_script("training").figures(
+        {"seen": seen, "forward": {"batches": 3, "made_s": 0.1, "predicted_s": 0.25}}
+    )
 
 
 def test_steps_beside_a_checkpoint_are_told_from_those_alone():

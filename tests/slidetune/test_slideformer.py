@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections import Counter
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
@@ -19,23 +17,17 @@ from slidetune.schedule import CPU_ADAM, GPU, Schedule
 from slidetune.simulator.predict import Prediction, predict
 from slidetune.slideformer import build_slideformer, power_of_two
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "slideformer.py"
+from ..scripts import load_script
+
 LAYERS = 36
 
 
 @cache
-def benchmark():
-    """The script, which is no package's module."""
-    spec = importlib.util.spec_from_file_location("slideformer_benchmark", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@cache
 def compared() -> dict[tuple[str, int], dict]:
-    return {(row["model"], row["batch"]): row for row in benchmark().compare(load_profile("slideformer-rtx4090"))}
+    return {
+        (row["model"], row["batch"]): row
+        for row in load_script("slideformer").compare(load_profile("slideformer-rtx4090"))
+    }
 
 
 @cache
@@ -86,7 +78,7 @@ def test_models_that_nothing_was_fitted_to_are_near(model, batch):
 
 
 def test_seven_rows_of_the_model_are_published():
-    rows = [row for row in benchmark().published() if row["model"] == "qwen3-8b"]
+    rows = [row for row in load_script("slideformer").published() if row["model"] == "qwen3-8b"]
     assert [row["batch"] for row in rows] == [1, 2, 4, 8, 16, 32, 64]
     assert all(row["batch"] * 1024 / row["step_s"] == pytest.approx(row["tokens_per_s"], rel=1e-3) for row in rows)
 
@@ -131,7 +123,7 @@ def test_the_fitted_host_is_one_that_exists():
 
 
 def test_fitting_again_gives_the_shipped_profile():
-    again, shipped = benchmark().fit(), load_profile("slideformer-rtx4090")
+    again, shipped = load_script("slideformer").fit(), load_profile("slideformer-rtx4090")
     for path, figure in shipped.figures():
         assert again.figure(path).value == pytest.approx(figure.value, rel=0.1), path
 
@@ -304,7 +296,7 @@ def test_the_shortest_step_is_one_token():
 
 def test_the_script_prints_json(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["slideformer.py", "--json", "--shipped"])
-    benchmark().main()
+    load_script("slideformer").main()
     printed = json.loads(capsys.readouterr().out)
     assert len(printed["rows"]) == 21
     assert sum(row["fitted"] for row in printed["rows"]) == 2
@@ -313,14 +305,14 @@ def test_the_script_prints_json(capsys, monkeypatch):
 
 def test_the_scripts_table_has_signed_errors(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["slideformer.py", "--shipped"])
-    benchmark().main()
+    load_script("slideformer").main()
     printed = capsys.readouterr().out
     assert printed.count("| +") + printed.count("| -") >= 3 * 21
     assert "| 64* |" in printed
 
 
 def test_the_written_profile_is_read_back(tmp_path, monkeypatch):
-    module, shipped = benchmark(), load_profile("slideformer-rtx4090")
+    module, shipped = load_script("slideformer"), load_profile("slideformer-rtx4090")
     (tmp_path / "profiles").mkdir()
     monkeypatch.setattr(module, "CATALOG", tmp_path)
     assert load_profile(module.write(shipped)) == shipped
