@@ -30,6 +30,7 @@ from slidetune.runtime.counted_spec import spec_of
 from slidetune.runtime.head_loss import chunked_loss, head_loss
 from slidetune.runtime.kernels import apply_kernels, choose_kernels
 from slidetune.runtime.pointing import Pointed
+from slidetune.runtime.randomness import draws_random_numbers
 from slidetune.runtime.rounding import round_in_place
 from slidetune.runtime.skeleton import skeleton
 from slidetune.runtime.unit_layouts import unit_layouts
@@ -163,6 +164,8 @@ class _Bench:
         self.spec = spec_of(model, ref)
         self.parts = Parts(model, self.spec)
         model.train()
+        # As training recomputes them.
+        self.draws = draws_random_numbers(model)
         units = unit_layouts(self.parts, lambda name, parameter: AdamW())
         self.kernels = choose_kernels(kernels, model, device)
         apply_kernels(self.kernels, model)
@@ -233,7 +236,7 @@ class _Bench:
         weights = self._weights(pointed)
         sums = point.accumulation > 1
         gradient = self._empty(pointed.layout.trained, torch.float32 if sums else torch.bfloat16)
-        again, edge, x = Again(layer), None, None
+        again, edge, x = Again(layer, whole=self.draws), None, None
 
         def forward() -> None:
             pointed.point(weights)

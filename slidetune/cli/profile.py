@@ -54,7 +54,13 @@ def profile(
 
     chosen = chosen_device(device)
     effort = Effort(
-        seconds=0.1, copy_bytes=32 * MIB, params=8 * MIB, adam_bytes=512 * MIB, matrix=2048, nvme_bytes=128 * MIB
+        seconds=0.1,
+        copy_bytes=32 * MIB,
+        copies_bytes=512 * MIB,
+        params=8 * MIB,
+        adam_bytes=512 * MIB,
+        matrix=2048,
+        nvme_bytes=128 * MIB,
     )
     try:
         with console.progress("measuring this machine") as advance:
