@@ -103,13 +103,16 @@ def micro_batches(
     result = []
     for span, inputs, calls, ids in recorded:
         rows = [torch.searchsorted(known, one.contiguous()) for known, one in zip(read, ids, strict=True)]
+        readers = Readers.of(rows[0].reshape(-1), read[0].numel()) if trained and len(rows) == 1 else None
+        there = readers is not None and plan.accumulation == 1 and device.type == "cuda"
         result.append(
             MicroBatch(
                 inputs=inputs,
                 labels=labels[span].flatten().to(device, non_blocking=True),
                 calls=calls,
                 rows=rows,
-                readers=Readers.of(rows[0].reshape(-1), read[0].numel()) if trained and len(rows) == 1 else None,
+                readers=readers,
+                readers_there=readers.on(device) if there else None,
                 shape=tuple(inputs["input_ids"].shape),
                 shared=_storages(calls),
             )

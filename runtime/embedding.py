@@ -6,13 +6,16 @@ does before the first layer, over the rows that the step reads.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from slidetune.runtime.binding import Parts
+from slidetune.runtime.binding import Parts, Table
 from slidetune.runtime.randomness import Randomness
-from slidetune.runtime.row_kernels import gather_rows, sum_rows
+from slidetune.runtime.row_kernels import gather_rows, sum_rows, sum_rows_there
 from slidetune.runtime.steps import Step
+from slidetune.schedule import GATHERED_BYTES
 
 _UNIT = 0
 _HOST = torch.device("cpu")
@@ -28,18 +31,34 @@ class HostEmbedding:
         self.plain = _is_plain_lookup(parts, width)
         self._forward, self._again = parts.prelude(), parts.prelude()
 
-    def gather(self, step: Step, m: int, out: Tensor, threads: int) -> None:
-        """Write the first layer's input of micro-batch m to `out` [sequences, tokens, width]."""
+    def gather(self, step: Step, m: int, out: Tensor, threads: int) -> Iterator[slice]:
+        """Write the first layer's input of micro-batch m to `out` [sequences, tokens, width]; yields which of its
+        tokens are there, a piece at a time."""
         batch = step.micro_batches[m]
         if self.plain:
-            ids = batch.inputs["input_ids"].reshape(-1)
-            gather_rows(self.table, ids, out.view(-1, out.shape[-1]), threads=threads)
+            ids, rows = batch.inputs["input_ids"].reshape(-1), out.flatten(0, 1)
+            size = max(1, GATHERED_BYTES // (out.element_size() * out.shape[-1]))
+            for start in range(0, ids.numel(), size):
+                piece = slice(start, start + size)
+                gather_rows(self.table, ids[piece], rows[piece], threads=threads)
+                yield piece
             return
         if m == 0:
             # Copies: the table may change before the backward pass needs them again.
             step.compact_rows = [self.table.index_select(0, ids + at) for at, ids in self._ids(step)]
         with torch.no_grad(), self.randomness.on(_HOST, step.number, _UNIT, m):
             out.copy_(self._forward(step.compact_rows, batch.rows, batch.inputs))
+        yield slice(None)
+
+    def sums_there(self, step: Step, m: int) -> bool:
+        """Whether `sum_there` can take micro-batch m."""
+        return self.plain and step.micro_batches[m].readers_there is not None
+
+    def sum_there(self, step: Step, m: int, upstream: Tensor, out: Tensor) -> None:
+        """As `add_gradients` of the first micro-batch, on the device and asynchronous."""
+        sum_rows_there(upstream, step.micro_batches[m].readers_there, out)
+        ((_, ids),) = self._ids(step)
+        out[_padding(self.parts.tables[0], ids)] = 0.0
 
     def add_gradients(self, step: Step, m: int, upstream: Tensor, out: Tensor, threads: int) -> None:
         """Add the gradients of the step's rows from micro-batch m, each in bf16, to `out` [rows, width]; the first
@@ -56,8 +75,7 @@ class HostEmbedding:
             out.copy_(found) if m == 0 else out.add_(found)
         first = 0
         for table, (_, ids) in zip(self.parts.tables, self._ids(step), strict=True):
-            if table.padding_row is not None:
-                out[first : first + ids.numel()][ids == table.padding_row] = 0.0
+            out[first : first + ids.numel()][_padding(table, ids)] = 0.0
             first += ids.numel()
 
     def _ids(self, step: Step) -> list[tuple[int, Tensor]]:
@@ -67,6 +85,14 @@ class HostEmbedding:
             found.append((at, step.rows[(step.rows >= at) & (step.rows < at + table.rows)] - at))
             at += table.rows
         return found
+
+
+def _padding(table: Table, ids: Tensor) -> slice:
+    """Where among `ids` (sorted) a table's padding row stands, whose gradient is zero."""
+    if table.padding_row is None:
+        return slice(0)
+    first = int(torch.searchsorted(ids, table.padding_row))
+    return slice(first, int(torch.searchsorted(ids, table.padding_row, right=True)))
 
 
 def _is_plain_lookup(parts: Parts, width: int) -> bool:

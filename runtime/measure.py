@@ -1,6 +1,6 @@
 """A profile of the machine at hand: what the simulator must know, measured with the code that the runtime uses.
 
-Takes about half a minute on an idle machine, and means nothing on a busy one: every figure carries the spread of its
+Takes about a minute on an idle machine, and means nothing on a busy one: every figure carries the spread of its
 measurements, so that a reader can tell. On the CPU as device, "GPU" and "link" are matrix products and copies of the
 same cores that run Adam: good enough to try the loop, no more.
 
@@ -62,8 +62,9 @@ MIXES = ((ADAM,), (SMALL_ADAM,), (UP,), (DOWN,), (UP, DOWN), (ADAM, UP), (ADAM, 
 """What runs side by side."""
 KERNEL_MIXES = ((KERNELS,), (KERNELS, UP), (KERNELS, DOWN), (KERNELS, UP, DOWN), (KERNELS, ADAM, UP, DOWN))
 """And on a GPU, where kernels are not the cores' own work."""
-PASSES = 5
-"""Times that all mixes are gone through."""
+PASSES = 9
+"""Times that all mixes are gone through: a shared host's memory is 10 % faster or slower from one ten seconds to the
+next."""
 _MIX_SECONDS = 0.3
 # Parameters of a small call of Adam: some of a layer's.
 _SMALL_CALL = 2 * MIB
@@ -260,13 +261,14 @@ class _Bench:
         tiles = round(rows * (_KERNEL_S / product_s) ** (1 / 3) / _KERNEL_ROWS)
         product = products(_KERNEL_ROWS * max(1, tiles))
         torch.cuda.synchronize(self.device)
-        stream = torch.cuda.Stream(self.device)
+        stream, ended = torch.cuda.Stream(self.device), torch.cuda.Event(blocking=True)
 
         def kernels() -> None:
             with torch.cuda.stream(stream):
                 for _ in range(self.kernels):
                     product()
-            stream.synchronize()
+            ended.record(stream)
+            ended.synchronize()
 
         return kernels
 
@@ -312,15 +314,16 @@ class _Bench:
         return found
 
     def large_copies(self, arena: Arena) -> dict[str, Callable[[], None]]:
-        """One copy each way; each waits for its end."""
+        """One copy each way, queued before the one before it has ended, as in a step; each waits for that one."""
         up, down = self._ends(arena)
-        return {UP: self._copy(up), DOWN: self._copy(down)}
+        return {UP: self._queued(up), DOWN: self._queued(down)}
 
     def link(self, copies: _SizedCopies, passes: Sequence[Rates]) -> Link:
         fit = fit_link(copies.sizes, *([time.value for time in times] for times in (copies.up, copies.down)))
         size = self.effort.copy_bytes
         up, down = (
-            repeated([_beyond(size, 1.0 / rates[side,][side], fit.latency_s) / GB for rates in passes])
+            # Where copies queue, the latency of one is hidden behind the one before.
+            repeated([rates[side,][side] * size / GB for rates in passes])
             for side in (UP, DOWN)
         )
         duplex = repeated([sum(rates[UP, DOWN].values()) * size / GB for rates in passes])
@@ -329,7 +332,7 @@ class _Bench:
             f"{kind} of {format_bytes(copies.sizes[0])} to {format_bytes(size)} as latency + bytes/rate, "
             f"off by {fit.worst:.0%} at worst ({format_bytes(fit.worst_bytes)})"
         )
-        large = f"{kind} of {format_bytes(size)} alone, less the latency, median of {PASSES} passes"
+        large = f"{kind} of {format_bytes(size)} alone, one after the other, median of {PASSES} passes"
         return Link(
             name="measured",
             h2d_gbs=self._figure(up.value, large, up.spread),
@@ -357,6 +360,25 @@ class _Bench:
             with torch.cuda.stream(stream):
                 target.copy_(source, non_blocking=True)
             stream.synchronize()
+
+        return _in_turn(copy, ends)
+
+    def _queued(self, ends: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+        """As `_copy`, but a call ends with the copy of the call before: the link never waits for a thread to wake up,
+        which beside Adam's takes milliseconds, nor does a thread that waits take a core from them."""
+        if not self.cuda:
+            return self._copy(ends)
+        stream = torch.cuda.Stream(self.device)
+        events = [torch.cuda.Event(blocking=True) for _ in range(2)]
+
+        def copy(pair: tuple[Tensor, Tensor]) -> None:
+            target, source = pair
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+            events[0].record(stream)
+            events.reverse()
+            # Not recorded yet, in the first call, it has passed.
+            events[0].synchronize()
 
         return _in_turn(copy, ends)
 
@@ -697,11 +719,6 @@ def _typical(passes: Sequence[Rates]) -> Kept:
 
 def _threads(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}"
-
-
-def _beyond(amount: float, seconds: float, fixed_s: float) -> float:
-    """Amount a second beyond a fixed cost, which is no more than nearly all."""
-    return amount / max(seconds - fixed_s, 0.01 * seconds)
 
 
 def _kept(rates: Rates, name: str, mix: tuple[str, ...]) -> float:

@@ -1,7 +1,7 @@
 """Embedding rows on the host: gathered for a batch, and their gradients from that of what they were looked up for.
 
 Threads are a pool of the native kernels, and Adam's, which take part between two blocks of their own: torch's would
-compete with those for the cores.
+compete with those for the cores. On CUDA, a plain look-up's gradients are summed there, to the same bits.
 """
 
 from __future__ import annotations
@@ -45,6 +45,20 @@ class Readers:
         np.cumsum(np.bincount(places.numpy(), minlength=rows), out=starts[1:])
         return cls(places, np.argsort(places.numpy(), kind="stable"), starts)
 
+    def on(self, device: torch.device) -> ReadersThere:
+        order, starts = (torch.from_numpy(found.astype(np.int32)) for found in (self.order, self.starts))
+        return ReadersThere(order.to(device), starts.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class ReadersThere:
+    """`Readers` on a CUDA device."""
+
+    order: Tensor
+    """int32 [tokens]."""
+    starts: Tensor
+    """int32 [rows + 1]."""
+
 
 def sum_rows(upstream: Tensor, readers: Readers, out: Tensor, *, fresh: bool, threads: int) -> None:
     """For each row the sum of the gradients of the tokens that read it, in the tokens' order, rounded to bf16 after
@@ -76,3 +90,14 @@ def sum_rows(upstream: Tensor, readers: Readers, out: Tensor, *, fresh: bool, th
         out.dtype == torch.float32,
         fresh,
     )
+
+
+def sum_rows_there(upstream: Tensor, readers: ReadersThere, out: Tensor) -> None:
+    """`sum_rows` on a CUDA device, of one micro-batch: `out` is bf16. Asynchronous; the same bits but for NaN."""
+    if upstream.dtype != torch.bfloat16 or out.dtype != torch.bfloat16:
+        raise ValueError(f"bf16 needed, not {upstream.dtype} and {out.dtype}")
+    if readers.starts.numel() != out.shape[0] + 1 or readers.order.numel() != upstream.shape[0]:
+        raise ValueError(f"readers of {readers.starts.numel() - 1} rows by {readers.order.numel()} tokens don't fit")
+    from slidetune.runtime.row_sums_triton import launch
+
+    launch(upstream, readers.order, readers.starts, out)

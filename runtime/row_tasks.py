@@ -29,8 +29,10 @@ def gather(walk: Walk, index: int, task: Task) -> Operation:
         staged = as_hidden(staging, shape, walk.spec.hidden_size)
         if copied is not None:
             copied.synchronize()
-        walk.embedding.gather(step, m, staged, walk.plan.adam_threads)
-        as_hidden(target, shape, walk.spec.hidden_size).copy_(staged, non_blocking=True)
+        there = as_hidden(target, shape, walk.spec.hidden_size).flatten(0, 1)
+        here = staged.flatten(0, 1)
+        for piece in walk.embedding.gather(step, m, staged, walk.plan.adam_threads):
+            there[piece].copy_(here[piece], non_blocking=True)
         if copied is not None:
             copied.record()
 
@@ -43,19 +45,26 @@ def _rows_staging(walk: Walk, slot: int, m: int) -> Tensor:
 
 
 def store_rows(walk: Walk, index: int, task: Task) -> Operation:
-    """The gradient of the first layer's input comes down and becomes that of the embedding's rows."""
+    """The gradient of the first layer's input becomes that of the embedding's rows, which comes down."""
     m = task.micro_batch
-    source, staging = walk.upstream[m], _rows_staging(walk, 1, m)
+    source, staging, summed = walk.upstream[m], _rows_staging(walk, 1, m), walk.slot(index, "hidden states")
     last, width = walk.plan.accumulation - 1, walk.spec.hidden_size
     sums = walk.pools.slot("row gradients", 0, torch.float32 if last else torch.bfloat16)
 
     def run(step: Step) -> None:
         batch = step.micro_batches[m]
-        staged = as_hidden(staging, batch.shape, walk.spec.hidden_size)
-        staged.copy_(as_hidden(source, batch.shape, walk.spec.hidden_size), non_blocking=True)
-        walk.synchronize()
+        upstream = as_hidden(source, batch.shape, width)
         flat = sums[: step.rows.numel() * width]
-        walk.embedding.add_gradients(step, m, staged, flat.view(-1, width), walk.plan.adam_threads)
+        rows = flat.view(-1, width)
+        if summed is not None and walk.embedding.sums_there(step, m):
+            there = summed[: flat.numel()].view(-1, width).data
+            walk.embedding.sum_there(step, m, upstream.flatten(0, 1), there)
+            rows.copy_(there, non_blocking=True)
+        else:
+            staged = as_hidden(staging, batch.shape, width)
+            staged.copy_(upstream, non_blocking=True)
+            walk.synchronize()
+            walk.embedding.add_gradients(step, m, staged, rows, walk.plan.adam_threads)
         if m == last:
             rounded = round_in_place(flat) if last else flat
             step.row_gradients = RowGradients(step.rows, rounded.view(-1, width))
@@ -68,6 +77,7 @@ def store_rows(walk: Walk, index: int, task: Task) -> Operation:
 def _count_row_squares(walk: Walk, step: Step) -> None:
     if walk.plan.clip_norm is None:
         return
+    walk.synchronize()
     values = step.row_gradients.values
     if walk.dense is not None:
         # The matrix's squares were counted without the rows' part.

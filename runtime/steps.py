@@ -13,7 +13,7 @@ from slidetune.runtime.adam import AdamW
 
 if TYPE_CHECKING:
     from slidetune.runtime.binding import Call
-    from slidetune.runtime.row_kernels import Readers
+    from slidetune.runtime.row_kernels import Readers, ReadersThere
     from slidetune.runtime.rows import RowGradients
 
 
@@ -31,6 +31,8 @@ class MicroBatch:
     """Per embedding table, each id's place among the step's rows; on the host."""
     readers: Readers | None
     """The same of one table's, by row; None where there are more tables, and where nothing is trained."""
+    readers_there: ReadersThere | None
+    """And on the device, where it sums their gradients."""
     shape: tuple[int, int]
     """Sequences and tokens."""
     shared: set[int]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from slidetune.errors import SlidetuneError
 from slidetune.gpu_time import gpu_seconds
 from slidetune.hardware import HardwareProfile, Nvme, amdahl_speedup
-from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, Work
+from slidetune.schedule import CPU_ADAM, D2H, GATHERED_BYTES, GPU, H2D, NVME_READ, NVME_WRITE, Work
 from slidetune.simulator.kernel_times import KernelTimes
 from slidetune.simulator.sharing import ADAM, DOWNLOAD, UPLOAD, Demand, fair_speeds
 from slidetune.units import GB
@@ -113,13 +113,15 @@ class PriceList:
         host = self.profile.host
         say = Demand((), host.upload_priority.value, UPLOAD, host.upload_duplex_priority.value)
         price = self._copy(work, "h2d link", self.profile.link.h2d_gbs.value, host.upload_dram_weight.value, say)
-        return self._with_rows(price, work, host.gather_gbs.value) if work.op == "gather" else price
+        return self._gathered(price, work) if work.op == "gather" else price
 
     def _download(self, work: Work) -> Price:
         host = self.profile.host
         say = Demand((), host.download_priority.value, DOWNLOAD, host.download_duplex_priority.value)
         price = self._copy(work, "d2h link", self.profile.link.d2h_gbs.value, host.download_dram_weight.value, say)
-        return self._with_rows(price, work, host.sum_rows_gbs.value) if work.op == "store rows" else price
+        # Without threads the device has summed the rows.
+        sums = work.op == "store rows" and work.threads
+        return self._with_rows(price, work, work.bytes / (host.sum_rows_gbs.value * GB)) if sums else price
 
     def _copy(self, work: Work, direction: str, gbs: float, dram_weight: float, say: Demand) -> Price:
         link, host = self.profile.link, self.profile.host
@@ -130,12 +132,20 @@ class PriceList:
         )
         return _price(link.latency_us.value * 1e-6 + work.bytes / (gbs * GB), replace(say, shares=shares))
 
-    def _with_rows(self, price: Price, work: Work, gbs: float) -> Price:
-        """The price of a copy before or after which threads of the host work on its rows at a rate of their own,
+    def _gathered(self, price: Price, work: Work) -> Price:
+        """The price of a copy of rows, each piece of which waits until threads of the host have gathered it: what of
+        the slower of the two isn't hidden behind the other."""
+        gather_s = work.bytes / (self.profile.host.gather_gbs.value * GB)
+        first = min(1.0, GATHERED_BYTES / work.bytes) if work.bytes else 1.0
+        beside_s = min(gather_s, price.alone_s)
+        return self._with_rows(price, work, gather_s - (1.0 - first) * beside_s)
+
+    def _with_rows(self, price: Price, work: Work, rows_s: float) -> Price:
+        """The price of a copy before or after which threads of the host work on its rows for some seconds of their own,
         reading and writing them."""
         host = self.profile.host
         dram_s = dict(price.demand.shares)["host DRAM"] * price.alone_s + 2.0 * work.bytes / host.dram_bytes_per_s
-        alone_s = max(price.alone_s + work.bytes / (gbs * GB), dram_s)
+        alone_s = max(price.alone_s + rows_s, dram_s)
         copying = price.alone_s / alone_s
         cores = host.cores.value
         shares = {name: share * copying for name, share in price.demand.shares}

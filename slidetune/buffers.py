@@ -44,7 +44,7 @@ def gradient_bytes(plan: Plan) -> int:
 def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
     """All pools of all tiers, empty ones left out. What never changes hands is a pool of one slot."""
     held = _held_params(model, plan)
-    micro_batches = plan.accumulation
+    micro_batches, accumulates = plan.accumulation, plan.accumulation > 1
     hidden = model.hidden_bytes(plan.micro_batch, plan.seq_len)
     inner = max(u.kernels(kernels).saved_bytes for u in model.layers) * plan.micro_batch * plan.seq_len
     largest = max(u.params for u in model.layers)
@@ -74,12 +74,9 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("resident gradients", 1 if deferred else 0, BF16_BYTES * held.resident),
         (WORKSPACES, 1, WORKSPACE_BYTES),
     ]
+    row_gradients = ("row gradients", 1, gradient_bytes(plan) * model.hidden_size * _most_rows(model, plan))
     page_locked = [
-        (
-            "weights (bf16)",
-            1,
-            BF16_BYTES * (held.in_ram + vocab + frozen),
-        ),
+        ("weights (bf16)", 1, BF16_BYTES * (held.in_ram + vocab + frozen)),
         ("waiting gradients", 1, BF16_BYTES * waiting),
         ("gradient ring", plan.gradient_ring * -(-largest // chunk) + 2 if at_once else 0, BF16_BYTES * chunk),
         # A tied matrix gets its gradient twice, from the head and from the rows: it waits here in between.
@@ -89,9 +86,11 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("inner activations (RAM)", plan.recompute.offload * micro_batches, inner),
         ("weight staging", 2 if held.whole_on_nvme else 0, BF16_BYTES * max(u.owned for u in model.layers)),
         ("input staging", micro_batches + 2 if plan.activations.nvme else 0, hidden),
+        # Summed on the device they come over the link; those of several micro-batches are added up here.
+        *([] if accumulates else [row_gradients]),
     ]
     pageable = [
-        ("row gradients", 1, gradient_bytes(plan) * model.hidden_size * _most_rows(model, plan)),
+        *([row_gradients] if accumulates else []),
         ("optimizer state", 1, OPTIMIZER_BYTES_PER_PARAM * (held.by_cpu - held.on_nvme + vocab)),
         ("state staging", STATE_STAGING_SLOTS if held.on_nvme else 0, state_bytes * min(chunk, largest)),
     ]

@@ -308,14 +308,26 @@ class _Step:
             self._release(held, self._update_on_gpu(unit, after=(task,)))
 
     def _scatter(self) -> None:
-        """The gradient of the embedding's rows comes down and, unless deferred, its rows are updated."""
-        work = self._work("store rows", D2H, bytes=self.hidden_bytes, threads=self.plan.adam_threads)
+        """The gradient of the embedding's rows comes down and, unless deferred, its rows are updated.
+
+        The tokens' gradients are summed by row on the device. Those of several micro-batches would need a sum in fp32
+        beside them there: they come down as they are, and the host sums them.
+        """
+        sums = self.plan.accumulation == 1
+        if sums:
+            rows = distinct_rows(self.plan.tokens, self.model.vocab_size)
+            work = self._work("store rows", D2H, bytes=BF16_BYTES * self.model.hidden_size * rows)
+        else:
+            work = self._work("store rows", D2H, bytes=self.hidden_bytes, threads=self.plan.adam_threads)
         # Where the last step's gradient was applied in this one, its place is free once all rows have it.
         free = self.marks["rest updated",] if self.trains_rows and (self.deferred or not self.tied) else ()
         for m in self.micro_batches:
             last = self.gradients[m]
             if self.trains_rows:
-                last = self._emit(work, EMBEDDING, (self.gradients[m], *free), m)
+                place = self._take("hidden states") if sums else None
+                last = self._emit(work, EMBEDDING, (self.gradients[m], *free, *(place[2] if place else ())), m)
+                if place:
+                    self._release(self._own(place, last), last)
                 self.marks["rows down",] = self.marks["last down",] = (last,)
             self._release(self.inputs[len(self.layers), m][1], last)
         if self.tied and not self.deferred:

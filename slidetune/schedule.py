@@ -32,6 +32,9 @@ LANE_NAMES = {
 
 TIERS = ("gpu", "ram", "nvme")
 
+# Embedding rows that the host gathers go up a piece of this size at a time, while it gathers the next.
+GATHERED_BYTES = 16 * 2**20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:

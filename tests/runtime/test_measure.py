@@ -161,7 +161,7 @@ def test_rates_alone_are_the_medians_of_the_passes():
     link = bench().link(copies, passes)
     assert link.latency_us.value == pytest.approx(10.0, rel=1e-3)
     for figure, name in ((link.h2d_gbs, UP), (link.d2h_gbs, DOWN)):
-        assert figure.value == pytest.approx(MIB / (1 / (1.02 * ALONE[name]) - 10e-6) / 1e9, rel=1e-3)
+        assert figure.value == pytest.approx(MIB * 1.02 * ALONE[name] / 1e9, rel=1e-3)
         assert figure.measured_spread > 0.0
 
 
@@ -185,5 +185,5 @@ def test_adams_rate_and_cost_of_a_call_come_from_the_passes():
     assert "all three 70%, 50%, 75%" in host.download_duplex_priority.source
 
 
-def test_all_mixes_take_20_seconds_on_a_gpu():
-    assert PASSES * len((*MIXES, *KERNEL_MIXES)) * _MIX_SECONDS <= 20.0
+def test_all_mixes_take_36_seconds_on_a_gpu():
+    assert PASSES * len((*MIXES, *KERNEL_MIXES)) * _MIX_SECONDS <= 36.0

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 from slidetune.runtime import adam_native
 from slidetune.runtime.adam import AdamW, adam_step
-from slidetune.runtime.row_kernels import Readers, gather_rows, sum_rows
+from slidetune.runtime.row_kernels import Readers, ReadersThere, gather_rows, sum_rows, sum_rows_there
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -55,6 +55,32 @@ def test_every_number_that_is_read_once():
     numbers = ~expected.isnan()
     assert torch.equal(found.view(torch.int16)[numbers], expected.view(torch.int16)[numbers])
     assert (found.view(torch.int16)[~numbers] == 0x7FC0).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [1, 3, 500])
+@pytest.mark.parametrize("width", [8, 1024, 1544])
+def test_summed_on_the_device_to_the_same_bits(rows, width):
+    tokens = 700
+    places = torch.randint(0, rows, (tokens,), generator=torch.Generator().manual_seed(rows))
+    upstream = torch.randn(tokens, width).to(torch.bfloat16)
+    # A sum of nothing but -0.0 keeps its sign only where there is one term.
+    upstream[::5] = -0.0
+    readers = Readers.of(places, rows)
+    expected = torch.empty(rows, width, dtype=torch.bfloat16)
+    sum_rows(upstream, readers, expected, fresh=True, threads=2)
+    found = torch.full((rows, width), 7.0, dtype=torch.bfloat16, device="cuda")
+    sum_rows_there(upstream.cuda(), readers.on(torch.device("cuda")), found)
+    assert torch.equal(found.cpu().view(torch.int16), expected.view(torch.int16))
+
+
+def test_readers_must_fit_what_is_summed_there():
+    readers = ReadersThere(torch.zeros(4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))
+    rows = torch.zeros(2, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="readers of 2 rows by 4 tokens don't fit"):
+        sum_rows_there(torch.zeros(5, 8, dtype=torch.bfloat16), readers, rows)
+    with pytest.raises(ValueError, match="bf16 needed"):
+        sum_rows_there(torch.zeros(4, 8), readers, rows)
 
 
 @pytest.mark.parametrize("native", [True, False])

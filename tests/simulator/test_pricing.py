@@ -18,7 +18,7 @@ from slidetune.machines import load_profile, machine
 from slidetune.models import load_model
 from slidetune.plans import Plan, Recompute
 from slidetune.runtime.fits import FULL_SPEED, Assumed, Beside, Contention, Found, Kept, fit_contention
-from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, NVME_READ, NVME_WRITE, Work
+from slidetune.schedule import CPU_ADAM, D2H, GATHERED_BYTES, GPU, H2D, NVME_READ, NVME_WRITE, Work
 from slidetune.simulator import pricing
 from slidetune.simulator.pricing import SHARED_RESOURCES, PriceList
 from slidetune.simulator.sharing import Demand, fair_speeds
@@ -431,16 +431,36 @@ def rows_profile(**figures):
     return profile
 
 
-@pytest.mark.parametrize(("op", "lane", "figure"), [("gather", H2D, "gather_gbs"), ("store rows", D2H, "sum_rows_gbs")])
-def test_rows_take_their_copy_and_the_hosts_own_time(op, lane, figure):
-    profile = rows_profile(**{figure: 10.0})
-    copy, rows = (Work(op=name, lane=lane, bytes=GIB, threads=4) for name in ("fetch", op))
+def test_rows_take_their_copy_and_the_hosts_own_time():
+    profile = rows_profile(sum_rows_gbs=10.0)
+    copy, rows = (Work(op=op, lane=D2H, bytes=GIB, threads=4) for op in ("store", "store rows"))
     assert alone(rows, profile) == pytest.approx(alone(copy, profile) + GIB / 10e9)
     # While the host works on them its threads have cores.
     assert dict(PriceList(profile).price(rows).demand.shares)["CPU cores"] > 0
     # Twice as fast a rate is no more than that: DRAM has to give it.
-    quick = rows_profile(**{figure: 1e6})
+    quick = rows_profile(sum_rows_gbs=1e6)
     assert alone(rows, quick) >= 2 * GIB / quick.host.dram_bytes_per_s
+
+
+def test_rows_are_gathered_while_others_go_up():
+    profile = rows_profile(gather_gbs=10.0)
+    copy, rows = (Work(op=op, lane=H2D, bytes=GIB, threads=4) for op in ("fetch", "gather"))
+    copy_s, gather_s = alone(copy, profile), GIB / 10e9
+    first = GATHERED_BYTES / GIB
+    assert gather_s > copy_s
+    assert alone(rows, profile) == pytest.approx(gather_s + first * copy_s)
+    quick = rows_profile(gather_gbs=100.0)
+    assert alone(rows, quick) == pytest.approx(copy_s + first * GIB / 100e9)
+    # A single piece can hide nothing.
+    small = [Work(op=op, lane=H2D, bytes=GATHERED_BYTES, threads=4) for op in ("fetch", "gather")]
+    assert alone(small[1], profile) == pytest.approx(alone(small[0], profile) + GATHERED_BYTES / 10e9)
+
+
+def test_rows_that_the_device_sums_only_come_down():
+    profile = rows_profile(sum_rows_gbs=10.0)
+    assert alone(Work(op="store rows", lane=D2H, bytes=GIB), profile) == alone(
+        Work(op="store", lane=D2H, bytes=GIB), profile
+    )
 
 
 def test_scattered_rows_are_updated_at_their_share_of_adams_speed():

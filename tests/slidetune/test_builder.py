@@ -94,11 +94,14 @@ def test_link_bytes_are_what_model_and_plan_imply(drawn):
         * tokens
         * sum(unit.eager.saved_bytes for unit, p in zip(model.layers, places, strict=True) if p.inner == "offload")
     )
-    # Both ways: the rows of the embedding, as activations and as gradient.
+    # Up go the rows of the embedding as each token reads them.
     rows = times * hidden
     head = 2 * model.head.weight_elements
     assert schedule.total("bytes", H2D) == weights + moved_inputs + inner + rows + head
     gradients = sum(2 * unit.params for unit, place in zip(model.layers, places, strict=True) if not place.resident)
+    # Down comes their gradient: each row's, or where micro-batches are added up, each token's.
+    if times == 1:
+        rows = 2 * model.hidden_size * distinct_rows(tokens, model.vocab_size)
     assert schedule.total("bytes", D2H) == gradients + moved_inputs + inner + rows + head
 
 
@@ -160,8 +163,10 @@ def test_weights_cross_no_more_often_for_more_micro_batches(drawn):
         for op in ("fetch", "store"):
             moved = total(once, "bytes", op=op, unit=unit.index)
             assert moved == total(thrice, "bytes", op=op, unit=unit.index)
-    rows = total(once, "bytes", op="store rows", unit=0)
+    rows = total(once, "bytes", op="gather", unit=0)
+    assert total(thrice, "bytes", op="gather", unit=0) == 3 * rows
     assert total(thrice, "bytes", op="store rows", unit=0) == 3 * rows
+    assert total(once, "bytes", op="store rows", unit=0) <= rows * plan.accumulation
 
 
 # --- order
