@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 
+from slidetune.buffers import chunk_params
 from slidetune.errors import SlidetuneError
+from slidetune.runtime.adam import AdamW, adam_step
 from slidetune.runtime.trainer import SlidingTrainer
+from slidetune.schedule import layer_updates
 
 # Steps before the steady state: allocators fill up, kernels are chosen, nothing overlaps the first one.
 WARM_UP = 2
+_ALONE_ROUNDS = 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,6 +77,25 @@ def run(
     measured.nvme_written_bytes = trainer.nvme_written_bytes - written_before
     measured.peaks = peaks(trainer)
     return measured
+
+
+def adam_alone_s(trainer: SlidingTrainer) -> float | None:
+    """Seconds that a step's CPU Adam on the layers in RAM takes with nothing beside, in the memory that training has:
+    the mean of some rounds. None if there are no such layers. The moments mean nothing after it."""
+    tasks = layer_updates(trainer.schedule)
+    if not tasks:
+        return None
+    masters, _ = trainer.settled()
+    threads, size = trainer.plan.adam_threads, chunk_params(trainer.plan)
+    gradients = torch.zeros(2, min(size, max(task.work.params for task in tasks)), dtype=torch.bfloat16)
+    still = AdamW(lr=0.0, weight_decay=0.0)
+    began = time.perf_counter()
+    for _ in range(_ALONE_ROUNDS):
+        for number, task in enumerate(tasks):
+            start, count = task.chunk * size, task.work.params
+            state = masters[task.unit].state.range(start, start + count)
+            adam_step(*state, gradients[number % 2, :count], hyper=still, step=1, threads=threads)
+    return (time.perf_counter() - began) / _ALONE_ROUNDS
 
 
 def peaks(trainer: SlidingTrainer) -> dict[str, int]:

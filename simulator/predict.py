@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from slidetune.hardware import HardwareProfile
-from slidetune.schedule import GPU, LANE_NAMES, NVME_READ, NVME_WRITE, TIERS, Schedule
+from slidetune.schedule import GPU, LANE_NAMES, NVME_READ, NVME_WRITE, TIERS, Schedule, layer_updates
 from slidetune.simulator.bottleneck import LaneShare, critical_path, lane_shares, steady
 from slidetune.simulator.bounds import bounds_s
 from slidetune.simulator.engine import simulate
@@ -50,6 +50,12 @@ class Prediction:
     def gpu_busy(self) -> float:
         """Share of the step in which the GPU computes."""
         return self.lanes[GPU].busy_s / self.step_s
+
+    @property
+    def adam_alone_s(self) -> float:
+        """Seconds of a step's CPU Adam on the layers in RAM, were nothing else running."""
+        prices = PriceList(self.profile)
+        return sum(prices.price(task.work).alone_s for task in layer_updates(self.schedule))
 
     @property
     def nvme_written_bytes(self) -> int:

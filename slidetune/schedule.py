@@ -151,3 +151,14 @@ class Schedule:
                 changes[max(hold.last) + 1] -= pool.slot_bytes
         held = itertools.accumulate(changes)
         return max((task.work.working_bytes + slots for task, slots in zip(self.tasks, held, strict=False)), default=0)
+
+
+def layer_updates(schedule: Schedule) -> list[Task]:
+    """CPU Adam's tasks on layers whose optimizer state is in RAM."""
+    on_drive = {task.unit for task in schedule.tasks if task.work.op == "read state"}
+    head = max(task.unit for task in schedule.tasks)
+    return [
+        task
+        for task in schedule.tasks
+        if (task.work.op, task.work.lane) == ("adam", CPU_ADAM) and task.unit != head and task.unit not in on_drive
+    ]

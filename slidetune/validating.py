@@ -161,7 +161,7 @@ def run_recorded(
 ) -> Ran:
     """Run a plan as `validate` does, which says what its arguments are, without predicting it."""
     from slidetune.runtime.data import synthetic
-    from slidetune.runtime.run import WARM_UP, run
+    from slidetune.runtime.run import WARM_UP, adam_alone_s, run
     from slidetune.runtime.trainer import SlidingTrainer
 
     every = steps + EXTRA_STEPS
@@ -186,14 +186,16 @@ def run_recorded(
             on_step=lambda number, so_far: progress(number, every, f"{so_far.step_s[-1]:.3g} s a step"),
         )
         return Ran(
-            run=_recorded(plan, trainer, measured, WARM_UP, name or plan.model),
+            run=_recorded(plan, trainer, measured, WARM_UP, name or plan.model, adam_alone_s(trainer)),
             measured=measured,
             loading_s=loading_s,
             working_bytes=trainer.schedule.working_bytes(),
         )
 
 
-def _recorded(plan: Plan, trainer: SlidingTrainer, measured: Measured, warm_up: int, name: str) -> RecordedRun:
+def _recorded(
+    plan: Plan, trainer: SlidingTrainer, measured: Measured, warm_up: int, name: str, alone_s: float | None
+) -> RecordedRun:
     device = trainer.device.type
     last = len(measured.losses)
     step_s = tuple(round(seconds, 6) for seconds in measured.step_s[warm_up:-1])
@@ -216,6 +218,7 @@ def _recorded(plan: Plan, trainer: SlidingTrainer, measured: Measured, warm_up: 
             # `finish` goes through the schedule once more, and writes what that holds.
             nvme_written_bytes=round(measured.nvme_written_bytes / (last + 1)),
             tasks=digest(trainer.schedule),
+            adam_alone_s=None if alone_s is None else round(alone_s, 6),
             start_us=tuple(starts),
             end_us=tuple(ends),
         ),

@@ -11,6 +11,8 @@ from slidetune.units import format_bytes, format_seconds
 def measured_tables(found: Validation) -> list[page.Html]:
     """Step and lanes, memory, kinds of tasks; and what the comparison had to leave out."""
     times = [("a step", found.step)] + [(f"{lane_label(lane)}, busy", beside) for lane, beside in found.lanes.items()]
+    if found.adam_alone is not None:
+        times.append(("CPU Adam with nothing beside, right after the run", found.adam_alone))
     head = ("Predicted", "Measured", "Error")
     figures = (1, 2, 3)
     made = [page.table(("Time", *head), ((name, *_seconds(beside)) for name, beside in times), numbers=figures)]

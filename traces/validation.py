@@ -64,6 +64,9 @@ class Validation:
     """The longest first."""
     memory: dict[str, Beside]
     """By the names in MEMORY, bytes."""
+    adam_alone: Beside | None = None
+    """Seconds of a step's CPU Adam on layers in RAM with nothing beside: an error says that the machine's memory is not
+    as fast, then and there, as when it was profiled."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -87,6 +90,7 @@ class Validation:
             "step_s": list(self.run.measured.step_s),
             "losses": list(self.run.measured.losses),
             "lanes": {lane: _plain(beside, "s") for lane, beside in self.lanes.items()},
+            "adam_alone": None if self.adam_alone is None else _plain(self.adam_alone, "s"),
             "kinds": [
                 {"lane": kind.lane, "op": kind.op, "tasks": kind.tasks}
                 | _plain(kind.beside, "s")
@@ -158,6 +162,9 @@ def compare_run(prediction: Any, run: RecordedRun, rows: Sequence[TraceRow], not
         lanes=_lanes(prediction, rows) if rows else {},
         kinds=kinds,
         memory=_memory(prediction, run),
+        adam_alone=None
+        if measured.adam_alone_s is None
+        else Beside(prediction.adam_alone_s, measured.adam_alone_s),
         notes=tuple(notes),
     )
 

@@ -81,6 +81,16 @@ def _headline(found: Validation) -> RenderableType:
         "Speed",
         f"predicted {plan.tokens / step.predicted:,.0f}, measured {plan.tokens / step.measured:,.0f} tokens/s",
     )
+    if found.adam_alone is not None and found.adam_alone.error is not None:
+        alone = found.adam_alone
+        rows.add_row(
+            "Adam alone",
+            Text.assemble(
+                f"predicted {format_seconds(alone.predicted)}, measured {format_seconds(alone.measured)} a step: ",
+                signed(alone.error),
+                "  (right after the run: of the machine's memory, not of the plan)",
+            ),
+        )
     return rows
 
 
@@ -121,7 +131,7 @@ def _memory(found: Validation) -> RenderableType:
 
 
 def _runs(runs: Iterable[Validation]) -> RenderableType:
-    table = _table("Run", "predicted", "measured", "step", "GPU memory", "RAM", "worst lane")
+    table = _table("Run", "predicted", "measured", "step", "Adam alone", "GPU memory", "RAM", "worst lane")
     for found in runs:
         lanes = {lane: b.error for lane, b in found.lanes.items() if b.error is not None}
         worst = max(lanes, key=lambda lane: abs(lanes[lane]), default=None)
@@ -133,6 +143,7 @@ def _runs(runs: Iterable[Validation]) -> RenderableType:
             format_seconds(found.step.predicted),
             format_seconds(found.step.measured),
             signed(found.step.error),
+            signed(found.adam_alone.error if found.adam_alone else None),
             signed(found.memory["gpu"].error),
             signed(found.memory["ram"].error),
             named,

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 from slidetune.errors import SlidetuneError
 from slidetune.plans import Plan
 from slidetune.runtime.measured import Recorded, trace_rows
+from slidetune.runtime.run import adam_alone_s
 from slidetune.runtime.trainer import SlidingTrainer
 from slidetune.schedule import GPU, H2D, Schedule, Task, Work
 from slidetune.trace import to_frame
@@ -77,3 +78,21 @@ def test_blame_and_time_zero():
     assert by_task[2, 0].ready_s == -2.0
     assert by_task[2, 0].blocked_by == 1
     assert by_task[2, 1].end_s == 3.0
+
+
+@pytest.mark.parametrize("update", ["backward", "forward"])
+def test_adam_alone_is_timed_where_training_was_and_changes_no_weight(update):
+    plan = Plan(model="llama", update=update, resident_layers=1, **SIZES)
+    with SlidingTrainer(make_model(CONFIG), plan, device=DEVICE) as trainer:
+        for batch in random_batches(CONFIG, plan, 2):
+            trainer.step(batch)
+        before = trainer.state_dict()
+        assert adam_alone_s(trainer) > 0
+        after = trainer.state_dict()
+    assert all(torch.equal(after[name], weights) for name, weights in before.items())
+
+
+def test_there_is_no_adam_alone_where_the_gpu_updates_all_layers():
+    plan = Plan(model="llama", resident_layers=CONFIG["num_hidden_layers"], **SIZES)
+    with SlidingTrainer(make_model(CONFIG), plan, device=DEVICE) as trainer:
+        assert adam_alone_s(trainer) is None

@@ -1,6 +1,9 @@
 """Sums and views over a schedule small enough to see."""
 
-from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, Hold, Pool, Schedule, Task, Work
+from slidetune.builder import build
+from slidetune.models import load_model
+from slidetune.plans import Plan, place_layers
+from slidetune.schedule import CPU_ADAM, D2H, GPU, H2D, Hold, Pool, Schedule, Task, Work, layer_updates
 
 FETCH = Work(op="fetch", lane=H2D, bytes=100)
 FORWARD = Work(op="forward", lane=GPU, flops=7.0, working_bytes=40)
@@ -55,3 +58,15 @@ def test_a_tier_must_hold_its_pools_and_the_gpu_the_largest_working_set():
     assert SCHEDULE.peak_bytes("gpu") == 200 + 90
     assert SCHEDULE.peak_bytes("ram") == 90 + 500
     assert SCHEDULE.peak_bytes("nvme") == 0
+
+
+def test_updates_of_layers_are_the_cpus_from_ram():
+    model = load_model("llama-3.2-1b")
+    plan = Plan(model=model.name, resident_layers=2, optimizer_nvme=3, late_updates=1, chunk_bytes=64 << 20)
+    tasks = layer_updates(build(model, plan))
+    places = place_layers(plan, 16)
+    in_ram = {unit for unit, place in enumerate(places, start=1) if place.optimizer == "ram"}
+    assert len(in_ram) == 11
+    assert {task.unit for task in tasks} == in_ram
+    assert sum(task.work.params for task in tasks) == sum(model.units[unit].params for unit in in_ram)
+    assert layer_updates(build(model, Plan(model=model.name, resident_layers=16))) == []

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from slidetune.buffers import WORKSPACE_BYTES
+from slidetune.schedule import CPU_ADAM
+from slidetune.simulator.pricing import PriceList
 from slidetune.trace import TraceRow
 from slidetune.traces import plots
 from slidetune.traces.report import write_report
@@ -33,6 +35,21 @@ def test_what_takes_longer_than_predicted_was_predicted_too_short(spilled, facto
     assert found.typical_step_s == pytest.approx(factor * spilled.step_s)
     for beside in (*found.lanes.values(), *(kind.beside for kind in found.kinds)):
         assert beside.error == pytest.approx(1 / factor - 1)
+
+
+def test_adam_alone_tells_a_slow_machine_from_a_wrong_model(plain):
+    prices = PriceList(plain.profile)
+    alone_s = sum(
+        prices.price(task.work).alone_s
+        for task in plain.schedule.tasks
+        if task.work.lane == CPU_ADAM and task.work.op == "adam" and task.unit != 33
+    )
+    found = compare_run(plain, as_if_run(plain, adam_alone_s=1.25 * alone_s), plain.trace)
+    assert found.adam_alone.error == pytest.approx(-0.2)
+    assert found.step.error == 0
+    assert found.as_dict()["adam_alone"]["error"] == found.adam_alone.error
+    # As in runs recorded before it was measured.
+    assert compare_run(plain, as_if_run(plain), plain.trace).as_dict()["adam_alone"] is None
 
 
 def test_lanes_are_the_sums_of_their_kinds(spilled):
