@@ -49,6 +49,7 @@ _BINDERS = {
     ("store rows", D2H): row_tasks.store_rows,
     ("adam", CPU_ADAM): update_tasks.adam,
     ("adam rows", CPU_ADAM): row_tasks.adam_rows,
+    ("adam other rows", CPU_ADAM): row_tasks.adam_other_rows,
     ("adam rest", CPU_ADAM): row_tasks.adam_rest,
     ("read weights", NVME_READ): transfer_tasks.read_weights,
     ("read state", NVME_READ): update_tasks.read_state,

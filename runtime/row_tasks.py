@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,30 +91,55 @@ def _count_row_squares(walk: Walk, step: Step) -> None:
 
 
 def adam_rows(walk: Walk, index: int, task: Task) -> Operation:
-    """Update a part of the rows that the step reads."""
-    part, parts = task.chunk, walk.parts_of_rows["rows"]
+    """Bring a part of the rows that the step reads up to date: all of them, or where the step before has updated what
+    it didn't read itself, those that it read."""
+
+    def update(step: Step, source: Step) -> Tensor | None:
+        if step.rows is None or not walk.rest_within:
+            return step.rows
+        return step.rows[torch.from_numpy(source.row_gradients.places(step.rows.numpy()) >= 0)]
+
+    return _adam_on_rows(walk, task, "rows", update)
+
+
+def adam_other_rows(walk: Walk, index: int, task: Task) -> Operation:
+    """Update a part of the rows that the step before read and this one doesn't."""
+
+    def update(step: Step, source: Step) -> Tensor | None:
+        if step.rows is None:
+            return source.rows
+        others = np.ones(walk.embedding.table.shape[0], dtype=bool)
+        others[step.rows.numpy()] = False
+        return source.rows[torch.from_numpy(others[source.rows.numpy()])]
+
+    return _adam_on_rows(walk, task, "other rows", update)
+
+
+def _adam_on_rows(walk: Walk, task: Task, name: str, rows: Callable[[Step, Step], Tensor | None]) -> Operation:
+    part, parts = task.chunk, walk.parts_of_rows[name]
 
     def run(step: Step) -> None:
-        source = step.source(late=walk.rows_late)
-        if step.rows is None or not applied(source, walk.plan.clip_norm):
+        source = step.source(late=True)
+        if not applied(source, walk.plan.clip_norm):
             return
-        ids = step.rows.tensor_split(parts)[part]
-        dense = walk.dense
-        walk.machine.tables.update_rows(ids, dense, source.row_gradients, row_updater(walk, source))
+        ids = rows(step, source)
+        if ids is not None:
+            mine = ids.tensor_split(parts)[part]
+            walk.machine.tables.update_rows(mine, walk.dense, source.row_gradients, row_updater(walk, source))
 
     return run
 
 
 def adam_rest(walk: Walk, index: int, task: Task) -> Operation:
-    """Update a part of the rows that it doesn't read."""
+    """Update a part of the rows that the step doesn't read."""
     part, parts = task.chunk, walk.parts_of_rows["rest"]
 
     def run(step: Step) -> None:
-        source = step.source(late=walk.rows_late)
+        source = step.source(late=not walk.rest_within)
         if not applied(source, walk.plan.clip_norm):
             return
         but = step.rows if step.rows is not None else torch.zeros(0, dtype=torch.long)
-        gradients = source.row_gradients if walk.rows_late else None
+        gradients = None if walk.rest_within else source.row_gradients
         walk.machine.tables.update_rest(part, parts, but, walk.dense, gradients, row_updater(walk, source))
 
     return run

@@ -69,8 +69,9 @@ class Walk:
         self.late = late_units(self.plan, self.spec)
         # A tied matrix that is trained gets its gradient from the head and from the rows.
         self.tied = self.spec.tied and self.spec.embedding.params > 0
-        # The embedding's update of a step is made in the next one, unless the head needs the matrix before.
-        self.rows_late = self.deferred or not self.tied
+        # A step updates the rows that it doesn't read itself, where the head of the next one needs them soon; those that
+        # it reads are updated in the next one.
+        self.rest_within = self.tied and not self.deferred
         self._taken: dict[int, dict[str, int]] = {}
         for hold in schedule.holds:
             self._taken.setdefault(hold.first, {})[schedule.pools[hold.pool].name] = hold.slot
@@ -85,7 +86,8 @@ class Walk:
         self.staged_state: dict[tuple[int, int], Tensor] = {}
         self.inner: dict[tuple[int, int], Inner] = {}
         self.parts_of_rows = {
-            part: sum(task.work.op == f"adam {part}" for task in schedule.tasks) for part in ("rows", "rest")
+            part: sum(task.work.op == f"adam {part}" for task in schedule.tasks)
+            for part in ("rows", "other rows", "rest")
         }
         self._place_gradients()
         self.embedding = HostEmbedding(

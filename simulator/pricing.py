@@ -155,7 +155,7 @@ class PriceList:
     def _adam(self, work: Work) -> Price:
         host = self.profile.host
         streaming = self._on_cores(work, host.adam_gparams_per_core.value, host.adam_serial_share.value)
-        if work.op == "adam rows":
+        if work.op in ("adam rows", "adam other rows"):
             share = min(1.0, host.adam_rows_share.value)
             # Its threads are as busy, only slower.
             slower = tuple(

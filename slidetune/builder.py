@@ -107,7 +107,15 @@ class _Step:
         # update need not wait for the end of the backward pass.
         self.trains_rows = model.embedding.params > 0
         self.tied = model.tied and self.trains_rows
-        self.touched = distinct_rows(plan.tokens, model.vocab_size) / model.vocab_size
+        # Rows that it doesn't read are updated within the step: of a tied matrix, unless deferred.
+        self.rest_within = self.tied and not self.deferred
+        # The part of the rows that gets the last step's gradient at last.
+        self.last_rows = "other rows" if self.rest_within else "rest"
+        # Parameters of rows, as expected: what a batch really reads may differ.
+        touched = distinct_rows(plan.tokens, model.vocab_size) / model.vocab_size
+        self.read_params = round(touched * model.embedding.params)
+        self.read_again_params = round(touched**2 * model.embedding.params)
+        self.unread_params = model.embedding.params - self.read_params
 
         self.slots = {pool.name: _Slots(i, pool.slots) for i, pool in enumerate(self.pools)}
         self.tasks: list[Task] = []
@@ -156,24 +164,24 @@ class _Step:
         """Embedding rows go up, micro-batch by micro-batch: rows, never the matrix.
 
         The rows about to be read get the last step's update first. The others follow when there is time for
-        them, in a step whose gradients are already known to be good. (A tied matrix is read again by the head
-        before that: its update is finished within the step, unless deferred.)
+        them, in a step whose gradients are already known to be good. (Of a tied matrix, which the head soon reads,
+        that step has updated all rows that it didn't read, unless the update is deferred: left are those it read.)
         """
-        late = self.trains_rows and (self.deferred or not self.tied)
-        if late:
-            self._update_embedding(self.touched, "rows", await_mark="norm" if self.deferred else "rows down")
+        if self.trains_rows:
+            params = self.read_again_params if self.rest_within else self.read_params
+            self._update_embedding(params, "rows", await_mark="norm" if self.deferred else "rows down")
         work = self._work("gather", H2D, bytes=self.hidden_bytes, threads=self.plan.adam_threads)
         for m in self.micro_batches:
             held = self._take("saved inputs" if self._saved_on_gpu(0) else "hidden states")
-            after = self.marks["rows updated",] if late else ()
+            after = self.marks["rows updated",] if self.trains_rows else ()
             task = self._emit(work, EMBEDDING, after + held[2], m)
-            if not late:
-                self._await_previous(task, "rows updated")
             self.inputs[0, m] = (task, self._own(held, task))
         # The update of whole stretches of the matrix would run over rows being read.
         self.marks["gathered",] = (task,)
-        if late and not self.deferred:
-            self._update_embedding(1.0 - self.touched, "rest", after=(task,))
+        if self.rest_within:
+            self._update_embedding(self.read_params - self.read_again_params, "other rows", after=(task,))
+        elif self.trains_rows and not self.deferred:
+            self._update_embedding(self.unread_params, "rest", after=(task,))
 
     def _forward_layer(self, i: int) -> None:
         self._bring(i + self.prefetch)
@@ -248,7 +256,7 @@ class _Step:
         else:
             self._send_gradient(head, None, task, held)
             if self.deferred and self.trains_rows:
-                self._update_embedding(1.0 - self.touched, "rest", after=self.marks["gathered",])
+                self._update_embedding(self.unread_params, "rest", after=self.marks["gathered",])
 
     def _backward_layer(self, i: int) -> None:
         unit, place, plan = self.layers[i], self.placements[i], self.plan
@@ -319,8 +327,8 @@ class _Step:
             work = self._work("store rows", D2H, bytes=BF16_BYTES * self.model.hidden_size * rows)
         else:
             work = self._work("store rows", D2H, bytes=self.hidden_bytes, threads=self.plan.adam_threads)
-        # Where the last step's gradient was applied in this one, its place is free once all rows have it.
-        free = self.marks["rest updated",] if self.trains_rows and (self.deferred or not self.tied) else ()
+        # The last step's gradient was applied in this one: its place is free once all rows have it.
+        free = self.marks[f"{self.last_rows} updated",] if self.trains_rows else ()
         for m in self.micro_batches:
             last = self.gradients[m]
             if self.trains_rows:
@@ -330,10 +338,9 @@ class _Step:
                     self._release(self._own(place, last), last)
                 self.marks["rows down",] = self.marks["last down",] = (last,)
             self._release(self.inputs[len(self.layers), m][1], last)
-        if self.tied and not self.deferred:
+        if self.rest_within:
             # After the layers: their gradients hold up the GPU sooner than the rest of the matrix does.
-            self._update_embedding(1.0 - self.touched, "rest", after=self.marks["tied down",])
-            self._update_embedding(self.touched, "rows", after=(last,))
+            self._update_embedding(self.unread_params, "rest", after=self.marks["tied down",])
         # With the last gradient down, the norm of all of them is known.
         self.marks["norm",] = (*self.marks.get(("last down",), ()), self.gradients[self.micro_batches[-1]])
 
@@ -364,19 +371,17 @@ class _Step:
         head = self.model.head
         late = head.index in self.late
         if self.deferred and self.tied:
-            self._update_embedding(1.0 - self.touched, "rest", after=self.marks["gathered",])
+            self._update_embedding(self.unread_params, "rest", after=self.marks["gathered",])
         if late:
             self._update_deferred(head, None)
         slot = self._take("head weights")
         work = self._work("fetch", H2D, bytes=BF16_BYTES * head.weight_elements)
         after = self.marks.get(("updated", head.index), ()) if late else ()
-        if self.deferred and self.tied:
-            after += self.marks["rest updated",] + self.marks["rows updated",]
+        if self.tied:
+            after += self.marks[f"{self.last_rows} updated",] + self.marks["rows updated",]
         task = self._emit(work, head.index, after + slot[2])
         if not late:
             self._await_previous(task, "updated", head.index)
-        if self.tied and not self.deferred:
-            self._await_previous(task, "rows updated")
         self.weights[len(self.layers)] = ((task,), self._own(slot, task))
 
     def _fetch(self, i: int, *, from_previous: bool) -> None:
@@ -512,13 +517,11 @@ class _Step:
     def _send_tied_gradient(self, computed: int, held: _Held) -> None:
         """The head's gradient of a tied matrix: that of rows no token read is then complete."""
         head, store = self.model.head, computed
-        # Deferred, the buffer is free once this step's update has read it; else once the last step's has.
-        free = self.marks["rest updated",] if self.deferred else ()
+        # The buffer is free once the last step's update has read it.
+        free = self.marks[f"{self.last_rows} updated",]
         for chunk, params in enumerate(self._chunks(self.model.head_gradient_elements)):
             work = self._work("store", D2H, bytes=BF16_BYTES * params)
             store = self._emit(work, head.index, (computed, *free), chunk=chunk)
-            if chunk == 0 and not self.deferred:
-                self._await_previous(store, "rows updated")
         self._release(held, store)
         if not self.deferred:
             if head.params:
@@ -564,13 +567,9 @@ class _Step:
     def _adam_work(self, params: int, op: str = "adam") -> Work:
         return self._work(op, CPU_ADAM, params=params, param_bytes=ADAM_BYTES_PER_PARAM, threads=self.plan.adam_threads)
 
-    def _update_embedding(self, share: float, part: str, after: tuple[int, ...] = (), await_mark: str = "") -> None:
-        """Adam on a share of the embedding's rows: those the step reads, or the rest.
-
-        The share is an expectation: what a batch really reads may differ, so each part has a task, however small.
-        """
-        params = max(round(share * self.model.embedding.params), self.model.hidden_size)
-        for chunk, size in enumerate(self._chunks(params)):
+    def _update_embedding(self, params: int, part: str, after: tuple[int, ...] = (), await_mark: str = "") -> None:
+        """Adam on some of the embedding's rows. How many is an expectation, so each part has a task, however small."""
+        for chunk, size in enumerate(self._chunks(max(params, self.model.hidden_size))):
             task = self._emit(self._adam_work(size, f"adam {part}"), EMBEDDING, after, chunk=chunk)
             if await_mark and chunk == 0:
                 self._await_previous(task, await_mark)

@@ -43,6 +43,7 @@ _KINDS = {
     "loss": "head and loss",
     "adam": "Adam",
     "adam rows": "Adam",
+    "adam other rows": "Adam",
     "adam rest": "Adam",
     "fetch": "weights",
     "read weights": "weights",

@@ -162,9 +162,7 @@ def compare_run(prediction: Any, run: RecordedRun, rows: Sequence[TraceRow], not
         lanes=_lanes(prediction, rows) if rows else {},
         kinds=kinds,
         memory=_memory(prediction, run),
-        adam_alone=None
-        if measured.adam_alone_s is None
-        else Beside(prediction.adam_alone_s, measured.adam_alone_s),
+        adam_alone=None if measured.adam_alone_s is None else Beside(prediction.adam_alone_s, measured.adam_alone_s),
         notes=tuple(notes),
     )
 

@@ -49,7 +49,7 @@ _GPU_KINDS = {
 _LANES = {H2D: "uploads", D2H: "downloads", CPU_ADAM: "CPU Adam", NVME_READ: "NVMe reads", NVME_WRITE: "NVMe writes"}
 # Rows of the embedding are gathered, summed and updated here and there: their time is not the link's, nor DRAM's.
 _HOST, _DRIVE = frozenset({H2D, D2H, CPU_ADAM}), frozenset({NVME_READ, NVME_WRITE})
-_SCATTERED = frozenset({"adam rows", "adam rest", "gather", "store rows"})
+_SCATTERED = frozenset({"adam rows", "adam other rows", "adam rest", "gather", "store rows"})
 
 
 @dataclass(frozen=True, slots=True)

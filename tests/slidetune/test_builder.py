@@ -7,7 +7,7 @@ orders leads from its end to the other's start, whatever the durations.
 
 import dataclasses
 from collections import defaultdict
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -49,7 +49,7 @@ class Orders:
         return bool(self._before[self.count + then] >> (first + self.count * (not across)) & 1)
 
 
-EMBEDDING_ADAM = ("adam rows", "adam rest")
+EMBEDDING_ADAM = ("adam rows", "adam other rows", "adam rest")
 
 
 def tasks_by_op(schedule):
@@ -328,8 +328,8 @@ def test_adam_follows_the_gradient_or_waits_for_the_norm(drawn):
     # A tied matrix has two gradients: the head's is all that rows no token read will get.
     for task in ops["adam rest", 0]:
         assert orders.before(last_of_head if model.tied else ops["store rows", 0][-1], task, across=not model.tied)
-    for task in ops["adam rows", 0]:
-        assert orders.before(ops["store rows", 0][-1], task, across=not model.tied)
+    for task in ops["adam rows", 0] + ops["adam other rows", 0]:
+        assert orders.before(ops["store rows", 0][-1], task, across=True)
 
 
 @many
@@ -347,13 +347,22 @@ def test_weights_are_read_after_their_update_and_not_overwritten_while_read(draw
             updates, reads = ops["adam", unit.index], ops["fetch", unit.index]
         if unit.kind == "head" and model.tied:
             # The embedding owns the matrix; its rows wait for their own gradient too.
-            updates = updates + ops["adam rows", 0] + ops["adam rest", 0]
+            updates = updates + ops["adam rows", 0] + ops["adam other rows", 0]
+            if plan.update == "backward":
+                # Those of the rows that no token read are made in the step before.
+                for update, read in product(ops["adam rest", 0], reads):
+                    assert orders.before(update, read, across=True)
+                    assert orders.before(read, update)
+            else:
+                updates += ops["adam rest", 0]
+                assert not ops["adam other rows", 0]
         assert updates
         assert reads
         for update in updates:
             for read in reads:
-                assert orders.before(update, read, across=not deferred)
-                assert orders.before(read, update, across=deferred)
+                within = deferred or schedule.tasks[update].unit == 0
+                assert orders.before(update, read, across=not within)
+                assert orders.before(read, update, across=within)
 
 
 @many
@@ -362,11 +371,10 @@ def test_rows_are_gathered_after_their_update_and_not_while_others_are_updated(d
     model, plan = drawn
     schedule = build(model, plan)
     orders, ops = Orders(schedule), tasks_by_op(schedule)
-    rows, rest = ops["adam rows", 0], ops["adam rest", 0]
-    # Within the step in which the gradient was made, or in the next one.
-    within = model.tied and plan.update == "backward"
+    rows, rest = ops["adam rows", 0], ops["adam other rows", 0] + ops["adam rest", 0]
+    assert bool(ops["adam other rows", 0]) == (model.tied and plan.update == "backward")
     for gather in ops["gather", 0]:
-        assert all(orders.before(update, gather, across=within) for update in rows)
+        assert all(orders.before(update, gather) for update in rows)
         assert all(orders.before(update, gather, across=True) for update in rest)
         assert all(orders.before(gather, update) for update in rest)
 
@@ -405,9 +413,11 @@ def test_a_gradient_that_waits_for_its_update_is_not_overwritten(drawn):
             for store in ops["store", unit.index]:
                 assert all(orders.before(update, store) for update in ops["adam", unit.index])
     within = model.tied and plan.update == "backward"
-    rows, rest = ops["adam rows", 0], ops["adam rest", 0]
     for store in ops["store rows", 0] + ops["store", model.head.index] * model.tied:
-        assert all(orders.before(update, store, across=within) for update in rows + rest)
+        for update in ops["adam rows", 0] + ops["adam other rows", 0]:
+            assert orders.before(update, store)
+        for update in ops["adam rest", 0]:
+            assert orders.before(update, store, across=within)
 
 
 # --- forward passes alone
