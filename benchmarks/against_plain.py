@@ -12,8 +12,8 @@ The plain loop is transformers' own model and loss in bf16, fp32 masters and mom
 runs with and without activation checkpointing, each with the largest micro-batch that fits; "plain" is the faster. One
 process measures all batches of a model and its kernels, small ones first, each from the same weights. Rows that differ
 in the cap alone share its figures, if they came from one machine.
-Both sides start from the same random weights and train on the same batch of random ids again and again, so that the
-losses fall, and can be compared.
+Both sides start from the same random weights and train on the same three batches of random ids in turn: as in
+training, a step reads other embedding rows than the one before; and the losses fall, and can be compared.
 
 Rows go to OUT.jsonl as they come; those that are there already are not measured again, failed ones are. The plain
 loop's figures of a batch go to OUT.plain.jsonl at once, and from there to the rows when its process has ended, or been
@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ PLAIN_CASE = ("model", "batch", "kernels", "seq_len")
 # RAM pools whose size goes with the batch: saved activations.
 ACTIVATIONS = ("embedding rows", "saved inputs (RAM)", "inner activations (RAM)", "input staging")
 RAM_BYTES_PER_PARAM, PROCESS_BYTES = 12.5, 2 * GIB
-SEED = 0
+SEED, BATCHES = 0, 3
 BOTH = ("plain", "checkpointed")
 # Parameters that the plain loop updates at a time, about a layer's: bounds the fp32 copies of gradients.
 GROUP = 16
@@ -74,15 +74,21 @@ NOT_IN_TIME = "not measured before its process ended"
 # --- One run, in a process of its own
 
 
+def some_batches(vocabulary: int, plan: Plan) -> list[dict[str, Any]]:
+    """What both sides train on, in turn."""
+    from slidetune.runtime.data import synthetic
+
+    return list(itertools.islice(synthetic(vocabulary, plan, SEED), BATCHES))
+
+
 def run_slidetune(job: Row, plan: Plan) -> Row:
     """Train by a plan, and record it where the job says so."""
-    from slidetune.runtime.data import synthetic
     from slidetune.runtime.skeleton import skeleton
 
     ran = run_recorded(
         plan,
         job["kernels"],
-        batches=lambda vocabulary: itertools.repeat(next(synthetic(vocabulary, plan, SEED))),
+        batches=lambda vocabulary: itertools.cycle(some_batches(vocabulary, plan)),
         device=job["device"],
         nvme_dir=job["nvme_dir"],
         seed=SEED,
@@ -208,10 +214,10 @@ class PlainLoop:
                 torch._fused_adamw_(masters, gradients, first, second, [], steps, amsgrad=False, maximize=False, **how)
                 torch._foreach_copy_(weights, masters)
 
-    def timed(self, ids: Any, micro_batch: int, steps: int) -> tuple[list[float], list[float]]:
+    def timed(self, batches: Sequence[Any], micro_batch: int, steps: int) -> tuple[list[float], list[float]]:
         """Times from one step's loss to the next one's, and the losses; reading one waits for the device."""
         times, losses, before = [], [], time.perf_counter()
-        for _ in range(steps):
+        for ids in itertools.islice(itertools.cycle(batches), steps):
             losses.append(self.step(ids, micro_batch))
             now = time.perf_counter()
             times.append(now - before)
@@ -248,17 +254,15 @@ def both_ways(loop: PlainLoop, job: Row, at_most: dict[bool, int]) -> Row:
     `at_most` are the largest micro-batches that fitted, with and without checkpointing, where larger ones didn't; what
     is found out is added.
     """
-    from slidetune.runtime.data import synthetic
-
     if loop.updates:
         loop.restart()
     like = Plan(model=job["model"], seq_len=job["seq_len"], micro_batch=job["batch"])
-    ids = next(synthetic(loop.model.config.vocab_size, like, SEED))["input_ids"].to(loop.device)
+    batches = [batch["input_ids"].to(loop.device) for batch in some_batches(loop.model.config.vocab_size, like)]
     losses: list[float] = []
     variants: list[Row] = []
     for checkpointing in (False, True):
         loop.checkpointing(checkpointing)
-        variant = largest_that_fits(loop, ids, job["plain_steps"], at_most.get(checkpointing, job["batch"]))
+        variant = largest_that_fits(loop, batches, job["plain_steps"], at_most.get(checkpointing, job["batch"]))
         fitted = variant["micro_batch"] if variant else 0
         if fitted < job["batch"]:
             at_most[checkpointing] = fitted
@@ -270,14 +274,14 @@ def both_ways(loop: PlainLoop, job: Row, at_most: dict[bool, int]) -> Row:
     return {"variants": variants, "losses": losses}
 
 
-def largest_that_fits(loop: PlainLoop, ids: Any, steps: int, at_most: int) -> Row | None:
+def largest_that_fits(loop: PlainLoop, batches: Sequence[Any], steps: int, at_most: int) -> Row | None:
     """Times, losses and GPU peak with the largest micro-batch that fits: all sequences, half of them, ...; of those
     that are not larger than `at_most`."""
     import torch
 
     from slidetune.runtime.run import WARM_UP
 
-    micro_batch, cuda = ids.shape[0], loop.device.type == "cuda"
+    micro_batch, cuda = batches[0].shape[0], loop.device.type == "cuda"
     while micro_batch > at_most:
         micro_batch //= 2
     while micro_batch:
@@ -285,7 +289,7 @@ def largest_that_fits(loop: PlainLoop, ids: Any, steps: int, at_most: int) -> Ro
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(loop.device)
         before = loop.updates
-        if ran := if_it_fits(partial(loop.timed, ids, micro_batch, WARM_UP + steps)):
+        if ran := if_it_fits(partial(loop.timed, batches, micro_batch, WARM_UP + steps)):
             times, losses = ran
             return {
                 "micro_batch": micro_batch,

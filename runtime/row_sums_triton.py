@@ -20,8 +20,8 @@ def _sum_rows(upstream, order, starts, out, width: tl.constexpr, block: tl.const
     for place in range(first, last):
         token = tl.load(order + place).to(tl.int64)
         one = tl.load(upstream + token * width + columns, inside, other=0.0).to(tl.float32)
-        # Rounded after each, as on the host. From -0.0 nothing is added to zero: the first is taken as it is.
-        total = tl.where(place == first, one, (total + one).to(tl.bfloat16).to(tl.float32))
+        # Rounded after each, as on the host.
+        total = (total + one).to(tl.bfloat16).to(tl.float32)
     tl.store(out + row.to(tl.int64) * width + columns, total.to(tl.bfloat16), inside)
 
 

@@ -69,8 +69,8 @@ class Walk:
         self.late = late_units(self.plan, self.spec)
         # A tied matrix that is trained gets its gradient from the head and from the rows.
         self.tied = self.spec.tied and self.spec.embedding.params > 0
-        # A step updates the rows that it doesn't read itself, where the head of the next one needs them soon; those that
-        # it reads are updated in the next one.
+        # Rows that a step doesn't read it updates itself, where the head of the next one needs them soon; those that it
+        # reads are updated in the next one.
         self.rest_within = self.tied and not self.deferred
         self._taken: dict[int, dict[str, int]] = {}
         for hold in schedule.holds:

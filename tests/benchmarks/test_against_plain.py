@@ -145,7 +145,7 @@ class Small:
         self.device, self.model = torch.device("cpu"), torch.nn.Linear(1, 1)
         self.model.config = SimpleNamespace(vocab_size=9)
 
-    def timed(self, ids, micro_batch, steps):
+    def timed(self, batches, micro_batch, steps):
         self.tried.append(micro_batch)
         if micro_batch > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
@@ -161,11 +161,11 @@ class Small:
 
 def test_the_micro_batch_is_halved_until_it_fits():
     loop = Small()
-    found = load_script("against_plain").largest_that_fits(loop, torch.zeros(8, 4), steps=3, at_most=8)
+    found = load_script("against_plain").largest_that_fits(loop, [torch.zeros(8, 4)], steps=3, at_most=8)
     assert loop.tried == [8, 4, 2]
     assert (found["micro_batch"], found["step_s"]) == (2, 1.0)
     assert not loop.restarts
-    assert load_script("against_plain").largest_that_fits(loop, torch.zeros(8, 4), steps=3, at_most=0) is None
+    assert load_script("against_plain").largest_that_fits(loop, [torch.zeros(8, 4)], steps=3, at_most=0) is None
 
 
 def test_larger_batches_start_afresh_from_the_micro_batch_that_is_known_to_fit():

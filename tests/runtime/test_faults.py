@@ -161,11 +161,11 @@ def test_memory_that_torch_is_refused(monkeypatch):
 def test_ctrl_c_stops_between_tasks(update):
     plan = Plan(model="llama", update=update, **SIZES)
     trainer = SlidingTrainer(make_model(CONFIG), plan, device=DEVICE)
-    started = threading.Event()
-    ended = threading.Event()
+    started, sent, ended = (threading.Event() for _ in range(3))
 
     def slow(step):
         started.set()
+        sent.wait()
         time.sleep(0.3)
         ended.set()
 
@@ -174,6 +174,7 @@ def test_ctrl_c_stops_between_tasks(update):
     def interrupt():
         started.wait()
         os.kill(os.getpid(), signal.SIGINT)
+        sent.set()
 
     threading.Thread(target=interrupt, name="interrupter").start()
     with pytest.raises(KeyboardInterrupt):

@@ -64,7 +64,7 @@ def test_summed_on_the_device_to_the_same_bits(rows, width):
     tokens = 700
     places = torch.randint(0, rows, (tokens,), generator=torch.Generator().manual_seed(rows))
     upstream = torch.randn(tokens, width).to(torch.bfloat16)
-    # A sum of nothing but -0.0 keeps its sign only where there is one term.
+    # Zero and -0.0 is zero.
     upstream[::5] = -0.0
     readers = Readers.of(places, rows)
     expected = torch.empty(rows, width, dtype=torch.bfloat16)
