@@ -14,7 +14,7 @@ from slidetune.validating import validate_recorded
 
 RECORDED = Path(__file__).parents[2] / "traces" / "recorded"
 # The tuner's own plans, where other plans were recorded for the same work.
-TUNED = {"llama-3.1-8b-b8-s1024-liger-24gib", "1b-b8-s1024"}
+TUNED = {"llama-3.1-8b-b8-s1024-liger-24gib", "qwen3-4b-b8-s1024-liger-24gib", "1b-b8-s1024"}
 
 pytestmark = pytest.mark.skipif(
     not any(RECORDED.glob("*.json.gz")), reason="no runs are recorded in traces/recorded yet"
@@ -31,15 +31,13 @@ def test_there_are_enough_runs_and_all_can_be_compared_in_full(summary):
     assert {run.run.name for run in summary.runs if not run.rows} == set()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the median is 5.4 %: Adam was profiled with a third of its memory in the CPU's caches (GPU-bound: 0.4 %)",
-)
 def test_step_time_median(summary):
     assert summary.step_time.median <= 0.03, step_errors(summary)
 
 
-@pytest.mark.xfail(strict=True, reason="the 95th percentile is 18.3 %: steps that CPU Adam limits, for the same reason")
+@pytest.mark.xfail(
+    strict=True, reason="the 95th percentile is 14.4 %: NVMe beside Adam, host work of clipping, short steps"
+)
 def test_step_time_p95(summary):
     assert summary.step_time.p95 <= 0.08, step_errors(summary)
 
