@@ -140,4 +140,6 @@ def library() -> ctypes.CDLL | None:
         *(ctypes.c_void_p,) * 4,
         *(ctypes.c_int,) * 2,
     )
+    found.slidetune_row_growths.restype = None
+    found.slidetune_row_growths.argtypes = (ctypes.c_int, *(ctypes.c_int64,) * 2, *(ctypes.c_void_p,) * 4)
     return found

@@ -123,9 +123,9 @@ def measure_machine(
         one, all_of_them = bench.adam_alone(adam_arena)
         rows = bench.rows(adam_arena)
         passes = bench.side_by_side(adam_arena, copies)
+        nvme = None if nvme_folder is None else bench.nvme(nvme_folder, adam_arena)
     link = bench.link(sizes, passes)
     host = bench.host(one, all_of_them, link, passes, rows)
-    nvme = None if nvme_folder is None else bench.nvme(nvme_folder)
     gpu = bench.gpu(passes)
     profile = HardwareProfile(name=platform.node() or "this machine", gpu=gpu, link=link, host=host, nvme=nvme)
     bench.finished()
@@ -166,7 +166,7 @@ class _Bench:
         self.kernels = max(100, round(1000 * effort.seconds))
         self.done = 0
         adam = 1 if self.threads == self.all_threads else 2
-        self.total = 2 * len(self.sizes) + adam + PASSES * len(self.mixes) + (3 if drive else 0) + 6
+        self.total = 2 * len(self.sizes) + adam + PASSES * len(self.mixes) + (4 if drive else 0) + 6
 
     def arena(self) -> Arena:
         size = 2 * self.copies_each_way * self.effort.copy_bytes
@@ -594,7 +594,7 @@ class _Bench:
 
     # ---- NVMe ---------------------------------------------------------------------------------------------
 
-    def nvme(self, folder: str | Path) -> Nvme:
+    def nvme(self, folder: str | Path, adam_arena: Arena) -> Nvme:
         size = self.effort.nvme_bytes
         piece = min(size, 64 * MIB)
         with NvmeFile(folder, size) as file, Arena(2 * piece, name="NVMe measurement") as arena:
@@ -610,16 +610,15 @@ class _Bench:
                 rates.append(len(pieces) * piece / (ends[-1] - ends[0]))
                 spreads.append(repeated([b - a for a, b in itertools.pairwise(ends)]).spread)
             # As training does it: what is written was read a few pieces before.
+            both = (
+                _in_turn(lambda at: file.write(at, buffers[0]), pieces),
+                _in_turn(lambda at: file.read(at, buffers[1]), [*pieces[len(pieces) // 2 :], *pieces]),
+            )
             with self.step("NVMe reads beside writes"):
-                ends = self._side_by_side(
-                    _in_turn(lambda at: file.write(at, buffers[0]), pieces),
-                    _in_turn(lambda at: file.read(at, buffers[1]), [*pieces[len(pieces) // 2 :], *pieces]),
-                )
-        both = [
-            [calls * piece / alone for calls in found]
-            for found, alone in zip(rates_together(ends, 4), rates, strict=True)
-        ]
-        share = repeated([sum(shares) for shares in zip(*both, strict=True)])
+                share = _sum_of_shares(self._side_by_side(*both), piece, rates)
+            with self.step("NVMe reads and writes beside Adam"):
+                adam = self._adam(adam_arena, self.effort.params, self.threads)
+                beside_adam = _sum_of_shares(self._side_by_side(*both, adam), piece, rates)
         how = f"O_DIRECT, {piece // MIB} MiB at a time"
         return Nvme(
             size_gb=self._figure(psutil.disk_usage(str(folder)).free / GB, "space free in the folder"),
@@ -627,6 +626,11 @@ class _Bench:
             read_gbs=self._figure(rates[1] / GB, how, spreads[1]),
             mixed_share=self._figure(
                 share.value, "reads and writes at once, each as a share of its rate alone", share.spread
+            ),
+            adam_share=self._figure(
+                min(1.0, beside_adam.value / share.value),
+                f"of that, reads and writes at once beside Adam, {_threads(self.threads)}",
+                beside_adam.spread,
             ),
         )
 
@@ -697,6 +701,14 @@ class _Bench:
     def _synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize(self.device)
+
+
+def _sum_of_shares(ends: Sequence[Sequence[float]], piece: int, rates: Sequence[float]) -> Repeated:
+    """What a drive's writes and reads, piece by piece, reach at once: the sum of their shares of their rates alone."""
+    both = [
+        [calls * piece / alone for calls in found] for found, alone in zip(rates_together(ends, 4), rates, strict=False)
+    ]
+    return repeated([sum(shares) for shares in zip(*both, strict=True)])
 
 
 # The names of a fit's figures in a profile, after "upload_" or "download_".

@@ -101,3 +101,32 @@ def sum_rows_there(upstream: Tensor, readers: ReadersThere, out: Tensor) -> None
     from slidetune.runtime.row_sums_triton import launch
 
     launch(upstream, readers.order, readers.starts, out)
+
+
+def growth_of_squares(values: Tensor, rows: Tensor, dense: Tensor | None, *, threads: int) -> float:
+    """By how much the sum of a gradient's squares grows in fp64 as the gradients `values` of some of its rows are added
+    to it, each element rounded to bf16.
+
+    Args:
+        values: bf16 [n, width], contiguous.
+        rows: int64 [n], each once.
+        dense: bf16 [any, width], contiguous: the gradient before; None if it was nothing.
+        threads: CPU threads, the calling one included.
+    """
+    library = adam_native.library()
+    if library is None:
+        before = None if dense is None else dense.index_select(0, rows)
+        after = values if before is None else before + values
+        grown = after.double().square().sum()
+        return float(grown if before is None else grown - before.double().square().sum())
+    growths = np.empty(values.shape[0])
+    library.slidetune_row_growths(
+        threads,
+        values.shape[1],
+        values.shape[0],
+        rows.data_ptr(),
+        values.data_ptr(),
+        None if dense is None else dense.data_ptr(),
+        growths.ctypes.data,
+    )
+    return float(growths.sum())

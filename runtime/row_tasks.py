@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slidetune.runtime.clipping import applied
 from slidetune.runtime.rounding import round_in_place
+from slidetune.runtime.row_kernels import growth_of_squares
 from slidetune.runtime.rows import RowGradients
 from slidetune.runtime.steps import Step
 from slidetune.runtime.update_tasks import row_updater
@@ -81,13 +82,9 @@ def _count_row_squares(walk: Walk, step: Step) -> None:
     if walk.plan.clip_norm is None:
         return
     walk.synchronize()
-    values = step.row_gradients.values
-    if walk.dense is not None:
-        # The matrix's squares were counted without the rows' part.
-        head = walk.dense.view(-1, walk.spec.hidden_size).index_select(0, step.rows)
-        step.host_squares -= float(head.double().square().sum())
-        values = head + values
-    step.host_squares += float(values.double().square().sum())
+    # A tied matrix's squares were counted without the rows' part.
+    dense = None if walk.dense is None else walk.dense.view(-1, walk.spec.hidden_size)
+    step.host_squares += growth_of_squares(step.row_gradients.values, step.rows, dense, threads=walk.plan.adam_threads)
 
 
 def adam_rows(walk: Walk, index: int, task: Task) -> Operation:

@@ -148,7 +148,7 @@ def read_state(walk: Walk, index: int, task: Task) -> Operation:
     slot = walk.slot(index, "state staging", torch.uint8)
     walk.staged_state[unit, chunk] = slot
     drive = walk.machine.masters[unit].drive
-    return lambda step: drive.read_state(slot, chunk)
+    return _where_updated(walk, unit, lambda: drive.read_state(slot, chunk))
 
 
 def write_state(walk: Walk, index: int, task: Task) -> Operation:
@@ -156,4 +156,15 @@ def write_state(walk: Walk, index: int, task: Task) -> Operation:
     unit, chunk = task.unit, task.chunk
     slot = walk.staged_state.pop((unit, chunk))
     drive = walk.machine.masters[unit].drive
-    return lambda step: drive.write_state(slot, chunk)
+    return _where_updated(walk, unit, lambda: drive.write_state(slot, chunk))
+
+
+def _where_updated(walk: Walk, unit: int, move: Callable[[], None]) -> Operation:
+    """Moves a state in the steps that update it: a late update is not made where none is owed."""
+    late = unit in walk.late
+
+    def run(step: Step) -> None:
+        if not late or step.owed is not None:
+            move()
+
+    return run

@@ -196,13 +196,16 @@ class PriceList:
         return self.profile.nvme
 
     def _drive(self, work: Work, gbs: float, dram_weight: float) -> Price:
-        host = self.profile.host
+        host, drive = self.profile.host, self._nvme()
+        # Beside Adam on all cores but one, reads and writes have that one, and reach this together; Adam has the first
+        # say, since who waits for a drive must be woken.
+        beside_adam = drive.mixed_share.value * drive.adam_share.value
         shares = (
-            ("NVMe drive", 1.0 / self._nvme().mixed_share.value),
+            ("NVMe drive", 1.0 / drive.mixed_share.value),
             ("host DRAM", dram_weight * gbs * GB / host.dram_bytes_per_s),
-            ("CPU cores", min(1.0, 1.0 / host.cores.value)),
+            ("CPU cores", min(1.0, 1.0 / (beside_adam * host.cores.value))),
         )
-        return _price(work.bytes / (gbs * GB), Demand(shares))
+        return _price(work.bytes / (gbs * GB), Demand(shares, beside_adam / 2.0))
 
 
 def _price(seconds: float, full: Demand) -> Price:

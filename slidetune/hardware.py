@@ -232,6 +232,8 @@ class Nvme:
     mixed_share: Figure = Figure(1.3, "guess", "no measurement: drives gain little from mixing directions")
     """Reads and writes at once reach this sum of their shares of the rates alone; 1 shares one rate, 2 would
     be two independent directions."""
+    adam_share: Figure = Figure(1.0, "guess", "no measurement: as if Adam left the drive's threads the cores they need")
+    """What reads and writes at once keep of that beside Adam on all cores but one."""
 
     @property
     def usable_bytes(self) -> int:

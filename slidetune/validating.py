@@ -215,8 +215,8 @@ def _recorded(
             step_s=step_s,
             losses=tuple(_rounded(measured.losses)),
             peak_bytes=dict(peaks),
-            # `finish` goes through the schedule once more, and writes what that holds.
-            nvme_written_bytes=round(measured.nvme_written_bytes / (last + 1)),
+            # Late updates of the first step are made at the end.
+            nvme_written_bytes=round(measured.nvme_written_bytes / last),
             tasks=digest(trainer.schedule),
             adam_alone_s=None if alone_s is None else round(alone_s, 6),
             start_us=tuple(starts),

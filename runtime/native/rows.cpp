@@ -1,4 +1,4 @@
-// Embedding rows gathered for a batch, and their gradients: the sum of the gradients of the tokens that read a row, in
+// Embedding rows gathered for a batch; and their gradients with their squares: the sum of the gradients of the tokens that read a row, in
 // the tokens' order, each sum rounded to bf16, as torch's embedding_dense_backward adds on the CPU.
 
 #include <cstdint>
@@ -64,6 +64,17 @@ void plain(const Job& job, int64_t begin, int64_t end) { sum_rows(job, begin, en
 __attribute__((target("avx2"))) void avx2(const Job& job, int64_t begin, int64_t end) { sum_rows(job, begin, end); }
 #endif
 
+// What the squares of a row's elements grow by when `value` is added to each of `dense`, or from nothing.
+double growth(int64_t width, const uint16_t* __restrict value, const uint16_t* __restrict dense) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < width; ++i) {
+    const double before = dense == nullptr ? 0.0 : widened(dense[i]);
+    const double after = dense == nullptr ? widened(value[i]) : widened(rounded(widened(dense[i]) + widened(value[i])));
+    sum += after * after - before * before;
+  }
+  return sum;
+}
+
 // Rows handed to a thread at once.
 constexpr int64_t kRows = 32;
 
@@ -93,5 +104,16 @@ extern "C" void slidetune_sum_rows(int threads, int64_t width, int64_t count, co
   slidetune::Pools::shared().run_rows(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
     const int64_t begin = block * kRows, end = begin + kRows;
     sum(job, begin, end < count ? end : count);
+  });
+}
+
+extern "C" void slidetune_row_growths(int threads, int64_t width, int64_t count, const int64_t* rows,
+                                      const uint16_t* values, const uint16_t* dense, double* growths) {
+  const int64_t blocks = (count + kRows - 1) / kRows;
+  slidetune::Pools::shared().run_rows(threads < blocks ? threads : int(blocks), blocks, [&](int64_t block) {
+    const int64_t begin = block * kRows, end = begin + kRows < count ? begin + kRows : count;
+    for (int64_t i = begin; i < end; ++i) {
+      growths[i] = growth(width, values + i * width, dense == nullptr ? nullptr : dense + rows[i] * width);
+    }
   });
 }

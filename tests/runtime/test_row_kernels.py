@@ -12,7 +12,14 @@ torch = pytest.importorskip("torch")
 
 from slidetune.runtime import adam_native
 from slidetune.runtime.adam import AdamW, adam_step
-from slidetune.runtime.row_kernels import Readers, ReadersThere, gather_rows, sum_rows, sum_rows_there
+from slidetune.runtime.row_kernels import (
+    Readers,
+    ReadersThere,
+    gather_rows,
+    growth_of_squares,
+    sum_rows,
+    sum_rows_there,
+)
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -55,6 +62,24 @@ def test_every_number_that_is_read_once():
     numbers = ~expected.isnan()
     assert torch.equal(found.view(torch.int16)[numbers], expected.view(torch.int16)[numbers])
     assert (found.view(torch.int16)[~numbers] == 0x7FC0).all()
+
+
+@pytest.mark.parametrize("native", [True, False])
+@given(rows=st.integers(1, 90), width=st.integers(1, 40), tied=st.booleans(), seed=st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_squares_grow_as_if_all_were_squared_again(native, rows, width, tied, seed):
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(120, width, generator=generator).to(torch.bfloat16)
+    ids = torch.randperm(120, generator=generator)[:rows].sort().values
+    values = torch.randn(rows, width, generator=generator).to(torch.bfloat16)
+    whole = dense if tied else torch.zeros_like(dense)
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(adam_native, "library", lambda: None)
+        found = growth_of_squares(values, ids, dense if tied else None, threads=3)
+    after = whole.clone()
+    after[ids] += values
+    assert found == pytest.approx(float(after.double().square().sum() - whole.double().square().sum()), abs=1e-9)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

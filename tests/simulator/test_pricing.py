@@ -479,6 +479,23 @@ def test_reads_and_writes_share_one_drive():
     assert rates(independent, read, write) == pytest.approx([7.0, 5.0])
 
 
+@pytest.mark.parametrize("kept", [0.4, 0.7, 1.0])
+def test_a_drive_beside_adam_on_all_cores_but_one_keeps_what_was_measured(kept):
+    profile = load_profile("h200-16c").replaced("nvme.adam_share", Figure(kept))
+    read, write = Work(op="r", lane=NVME_READ, bytes=GIB), Work(op="w", lane=NVME_WRITE, bytes=GIB)
+    # As fast as DRAM that a drive takes nothing of allows.
+    profile = profile.replaced("host.upload_dram_weight", Figure(1e-3)).replaced(
+        "host.download_dram_weight", Figure(1e-3)
+    )
+    adam, few = (Work(op="adam", lane=CPU_ADAM, params=10**9, param_bytes=26.0, threads=n) for n in (15, 8))
+    (alone_rate,), both = rates(profile, adam), rates(profile, read, write)
+    *beside, rate = rates(profile, read, write, adam)
+    assert beside == pytest.approx([kept * gbs for gbs in both], rel=0.02)
+    assert rate == pytest.approx(alone_rate, rel=0.02)
+    # With cores to spare neither holds the other up.
+    assert rates(profile, read, write, few)[:2] == pytest.approx(both, rel=0.02)
+
+
 def test_slideformers_one_stream_uses_the_direction_its_operation_names():
     prices = PriceList(RTX4090)
     for op, lane in (("fetch", H2D), ("load", H2D), ("store", D2H), ("save", D2H)):

@@ -512,7 +512,10 @@ def test_guesses_are_named():
     lines = guessed(profile)
     assert [line.split(" = ")[0] for line in lines] == [p for p, f in profile.figures() if f.kind == "guess"]
     assert any(line.startswith("host.dram_efficiency = 0.8: ") for line in lines)
-    assert [line.split(" = ")[0] for line in guessed(load_profile("h200-16c"))] == ["nvme.mixed_share"]
+    assert [line.split(" = ")[0] for line in guessed(load_profile("h200-16c"))] == [
+        "nvme.mixed_share",
+        "nvme.adam_share",
+    ]
 
 
 # --- profiles
