@@ -36,7 +36,8 @@ def test_step_time_median(summary):
 
 
 @pytest.mark.xfail(
-    strict=True, reason="the 95th percentile is 14.4 %: NVMe beside Adam, host work of clipping, short steps"
+    strict=True,
+    reason="the 95th percentile is 16.6 %: a shared host's memory and drive, up to 25 % faster than profiled",
 )
 def test_step_time_p95(summary):
     assert summary.step_time.p95 <= 0.08, step_errors(summary)
