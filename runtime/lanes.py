@@ -364,5 +364,7 @@ class Lanes:
         """Let go of steps that every lane has left behind, but for two: their GPU work may still be under way."""
         done = min(self._left.values())
         while self._forgotten < done and len(self._steps) > 2:
-            self._steps.pop(0)
+            _, _, step = self._steps.pop(0)
+            # Each step knows the one before: the chain of all of them would stay alive.
+            step.owed = None
             self._forgotten += 1

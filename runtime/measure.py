@@ -471,6 +471,8 @@ class _Bench:
                     ends = self._side_by_side(*(actions[name] for name in mix), seconds=_MIX_SECONDS)
                     rates = (rate for (rate,) in rates_together(ends))
                     passes[-1][mix] = dict(zip(mix, rates, strict=True))
+                    # The last copies are still under way.
+                    self._synchronize()
         return passes
 
     def _after_pauses(self, action: Callable[[], object], seconds: float) -> float:

@@ -32,7 +32,7 @@ class MicroBatch:
     readers: Readers | None
     """The same of one table's, by row; None where there are more tables, and where nothing is trained."""
     readers_there: ReadersThere | None
-    """And on the device, where it sums their gradients."""
+    """And on a CUDA device, for a step of one micro-batch: there gradients can be summed."""
     shape: tuple[int, int]
     """Sequences and tokens."""
     shared: set[int]

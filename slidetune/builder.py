@@ -103,11 +103,10 @@ class _Step:
         self.deferred = plan.update == "forward"
         self.late = late_units(plan, model)
         self.accumulating_bytes = ACCUMULATE_BYTES_PER_PARAM + ROUND_BYTES_PER_PARAM / plan.accumulation
-        # Rows of the embedding a step reads. The others have no gradient from their use as input, so their
-        # update need not wait for the end of the backward pass.
         self.trains_rows = model.embedding.params > 0
         self.tied = model.tied and self.trains_rows
-        # Rows that it doesn't read are updated within the step: of a tied matrix, unless deferred.
+        # Rows that a step doesn't read have no gradient from their use as input, so their update need not wait for the
+        # end of the backward pass: of a tied matrix, unless deferred, it is made within the step.
         self.rest_within = self.tied and not self.deferred
         # The part of the rows that gets the last step's gradient at last.
         self.last_rows = "other rows" if self.rest_within else "rest"
@@ -316,10 +315,10 @@ class _Step:
             self._release(held, self._update_on_gpu(unit, after=(task,)))
 
     def _scatter(self) -> None:
-        """The gradient of the embedding's rows comes down and, unless deferred, its rows are updated.
+        """The gradient of the embedding's rows comes down.
 
-        The tokens' gradients are summed by row on the device. Those of several micro-batches would need a sum in fp32
-        beside them there: they come down as they are, and the host sums them.
+        Tokens' gradients are summed by row on the device, where the embedding is a mere look-up. Those of several
+        micro-batches would need a sum in fp32 beside them there: they come down as they are, and the host sums them.
         """
         sums = self.plan.accumulation == 1
         if sums:

@@ -201,7 +201,8 @@ class Host:
     gather_gbs: Figure = Figure(45.0, "derived", _ROWS)
     """Rate at which embedding rows here and there are copied to where they go up from, GB/s."""
     sum_rows_gbs: Figure = Figure(18.0, "derived", _ROWS)
-    """Rate at which the gradients of tokens are added up to those of rows, GB/s of the tokens'."""
+    """Rate at which the host adds the gradients of tokens up to those of rows, GB/s of the tokens'; used where several
+    micro-batches are added up."""
     adam_rows_share: Figure = Figure(0.75, "derived", _ROWS)
     """Speed of Adam over rows here and there, as a share of its speed over a whole matrix."""
     convert_gparams_per_core: Figure = Figure(

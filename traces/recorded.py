@@ -47,7 +47,7 @@ class MeasuredSteps:
     """Digest of the schedule whose tasks were timed."""
     adam_alone_s: float | None = None
     """Seconds that CPU Adam takes for a step's layers with nothing beside, right after the run and in its memory; None
-    where it updates none from RAM, and in runs recorded before 27 November 2026."""
+    where it updates none from RAM, and in older records."""
     start_us: tuple[int, ...]
     """When each task of the typical step began, in the schedule's order; 0 is the GPU's end of the step before."""
     end_us: tuple[int, ...]

@@ -1,5 +1,6 @@
-// Embedding rows gathered for a batch; and their gradients with their squares: the sum of the gradients of the tokens that read a row, in
-// the tokens' order, each sum rounded to bf16, as torch's embedding_dense_backward adds on the CPU.
+// Embedding rows gathered for a batch; their gradients: the sum of the gradients of the tokens that read a row, in the
+// tokens' order, each sum rounded to bf16, as torch's embedding_dense_backward adds on the CPU; and what their squares
+// add to the gradient's norm.
 
 #include <cstdint>
 #include <cstring>
