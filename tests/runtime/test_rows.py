@@ -9,10 +9,15 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+from slidetune.plans import Plan
 from slidetune.runtime.adam import AdamW, adam_implementations, adam_rows, adam_step
 from slidetune.runtime.masters import State
 from slidetune.runtime.rows import RowGradients, RowTables
 from slidetune.runtime.split import set_down, split
+from slidetune.runtime.trainer import SlidingTrainer, decay_where_it_belongs
+
+from ..slidetune.reference import SMALL_CONFIGS
+from .reference import DEVICE, PlainLoop, assert_same_losses, assert_same_weights, make_model, random_batches
 
 FAST, SLOW = AdamW(lr=0.1, weight_decay=0.1), AdamW(lr=0.01)
 WIDTH = 4
@@ -131,3 +136,22 @@ def test_rows_outside_are_refused(rows, places):
             hyper=FAST,
             step=1,
         )
+
+
+@pytest.mark.parametrize("update", ["backward", "forward"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_whatever_rows_a_step_shares_with_the_one_before(name, update):
+    """All, some, none; with the last update finished in between or not."""
+    config = SMALL_CONFIGS[name]
+    plan = Plan(model=f"small {name}", seq_len=16, micro_batch=2, chunk_bytes=8192, adam_threads=2, update=update)
+    one, other = (batch["input_ids"] for batch in random_batches(config, plan, 2))
+    half = config["vocab_size"] // 2
+    batches = [one % half, one % half, other % half + half, other, one, torch.full_like(one, 7), other % half]
+    rule = decay_where_it_belongs(AdamW(lr=1e-2, weight_decay=0.1))
+    loop = PlainLoop(make_model(config), rule=rule)
+    with SlidingTrainer(make_model(config), plan, rule=rule, device=DEVICE) as trainer:
+        for number, ids in enumerate(batches):
+            assert_same_losses([trainer.step({"input_ids": ids})], [loop.step({"input_ids": ids})])
+            if number % 3 == 1:
+                trainer.finish()
+        assert_same_weights(trainer.state_dict(), loop.state_dict())
