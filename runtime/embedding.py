@@ -57,8 +57,8 @@ class HostEmbedding:
     def sum_there(self, step: Step, m: int, upstream: Tensor, out: Tensor) -> None:
         """As `add_gradients` of the first micro-batch, on the device and asynchronous."""
         sum_rows_there(upstream, step.micro_batches[m].readers_there, out)
-        ((_, ids),) = self._ids(step)
-        out[_padding(self.parts.tables[0], ids)] = 0.0
+        # Of the one table there is, rows are numbered as its own.
+        out[_padding(self.parts.tables[0], step.rows)] = 0.0
 
     def add_gradients(self, step: Step, m: int, upstream: Tensor, out: Tensor, threads: int) -> None:
         """Add the gradients of the step's rows from micro-batch m, each in bf16, to `out` [rows, width]; the first

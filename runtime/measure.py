@@ -138,6 +138,20 @@ def _in_turn(action: Callable[[T], None], arguments: Sequence[T]) -> Callable[[]
     return lambda: action(next(endless))
 
 
+def _one_behind(stream: torch.cuda.Stream) -> Callable[[], None]:
+    """Waits for what a stream had been given at the call before: it never runs dry until a thread wakes up, which
+    beside Adam's takes milliseconds, nor does a thread that waits take a core from them."""
+    events = [torch.cuda.Event(blocking=True) for _ in range(2)]
+
+    def wait() -> None:
+        events[0].record(stream)
+        events.reverse()
+        # Not recorded yet, in the first call, it has passed.
+        events[0].synchronize()
+
+    return wait
+
+
 @dataclass(frozen=True, slots=True)
 class _SizedCopies:
     """Seconds of a copy of each size, each way."""
@@ -316,7 +330,7 @@ class _Bench:
     def large_copies(self, arena: Arena) -> dict[str, Callable[[], None]]:
         """One copy each way, queued before the one before it has ended, as in a step; each waits for that one."""
         up, down = self._ends(arena)
-        return {UP: self._queued(up), DOWN: self._queued(down)}
+        return {UP: self._copy(up, queued=True), DOWN: self._copy(down, queued=True)}
 
     def link(self, copies: _SizedCopies, passes: Sequence[Rates]) -> Link:
         fit = fit_link(copies.sizes, *([time.value for time in times] for times in (copies.up, copies.down)))
@@ -348,37 +362,19 @@ class _Bench:
         there = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
         return [[(there[0], source) for source in here[:count]], [(target, there[1]) for target in here[count:]]]
 
-    def _copy(self, ends: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-        """Copies between one target and source after the other, so that no cache has large ones; each waits for its
-        end."""
+    def _copy(self, ends: Sequence[tuple[Tensor, Tensor]], *, queued: bool = False) -> Callable[[], None]:
+        """Copies between one target and source after the other, so that no cache has large ones; each call waits for
+        its copy's end, or if they are `queued`, for that of the call before."""
         if not self.cuda:
             return _in_turn(lambda pair: pair[0].copy_(pair[1]), ends)
         stream = torch.cuda.Stream(self.device)
+        wait = _one_behind(stream) if queued else stream.synchronize
 
         def copy(pair: tuple[Tensor, Tensor]) -> None:
             target, source = pair
             with torch.cuda.stream(stream):
                 target.copy_(source, non_blocking=True)
-            stream.synchronize()
-
-        return _in_turn(copy, ends)
-
-    def _queued(self, ends: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-        """As `_copy`, but a call ends with the copy of the call before: the link never waits for a thread to wake up,
-        which beside Adam's takes milliseconds, nor does a thread that waits take a core from them."""
-        if not self.cuda:
-            return self._copy(ends)
-        stream = torch.cuda.Stream(self.device)
-        events = [torch.cuda.Event(blocking=True) for _ in range(2)]
-
-        def copy(pair: tuple[Tensor, Tensor]) -> None:
-            target, source = pair
-            with torch.cuda.stream(stream):
-                target.copy_(source, non_blocking=True)
-            events[0].record(stream)
-            events.reverse()
-            # Not recorded yet, in the first call, it has passed.
-            events[0].synchronize()
+            wait()
 
         return _in_turn(copy, ends)
 

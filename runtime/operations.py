@@ -20,7 +20,7 @@ class Operations:
 def _bound(walk: Walk, index: int, task: Task) -> Operation:
     op, lane = task.work.op, task.work.lane
     run = _BINDERS[op, lane](walk, index, task)
-    updates = op.startswith("adam") or (op in ("read state", "write state") and task.unit in walk.late)
+    updates = op.startswith("adam") or op in ("read state", "write state")
     return run if updates else _skipped_if_only_update(run)
 
 

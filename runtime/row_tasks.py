@@ -60,7 +60,7 @@ def store_rows(walk: Walk, index: int, task: Task) -> Operation:
         upstream = as_hidden(source, batch.shape, width)
         flat = sums[: step.rows.numel() * width]
         rows = flat.view(-1, width)
-        if summed is not None and walk.embedding.sums_there(step, m):
+        if walk.embedding.sums_there(step, m):
             there = summed[: flat.numel()].view(-1, width).data
             walk.embedding.sum_there(step, m, upstream.flatten(0, 1), there)
             rows.copy_(there, non_blocking=True)
@@ -91,35 +91,35 @@ def adam_rows(walk: Walk, index: int, task: Task) -> Operation:
     """Bring a part of the rows that the step reads up to date: all of them, or where the step before has updated what
     it didn't read itself, those that it read."""
 
-    def update(step: Step, source: Step) -> Tensor | None:
+    def due(step: Step, source: Step) -> Tensor | None:
         if step.rows is None or not walk.rest_within:
             return step.rows
         return step.rows[torch.from_numpy(source.row_gradients.places(step.rows.numpy()) >= 0)]
 
-    return _adam_on_rows(walk, task, "rows", update)
+    return _adam_on_rows(walk, task, "rows", due)
 
 
 def adam_other_rows(walk: Walk, index: int, task: Task) -> Operation:
     """Update a part of the rows that the step before read and this one doesn't."""
 
-    def update(step: Step, source: Step) -> Tensor | None:
+    def due(step: Step, source: Step) -> Tensor | None:
         if step.rows is None:
             return source.rows
         others = np.ones(walk.embedding.table.shape[0], dtype=bool)
         others[step.rows.numpy()] = False
         return source.rows[torch.from_numpy(others[source.rows.numpy()])]
 
-    return _adam_on_rows(walk, task, "other rows", update)
+    return _adam_on_rows(walk, task, "other rows", due)
 
 
-def _adam_on_rows(walk: Walk, task: Task, name: str, rows: Callable[[Step, Step], Tensor | None]) -> Operation:
+def _adam_on_rows(walk: Walk, task: Task, name: str, due: Callable[[Step, Step], Tensor | None]) -> Operation:
     part, parts = task.chunk, walk.parts_of_rows[name]
 
     def run(step: Step) -> None:
         source = step.source(late=True)
         if not applied(source, walk.plan.clip_norm):
             return
-        ids = rows(step, source)
+        ids = due(step, source)
         if ids is not None:
             mine = ids.tensor_split(parts)[part]
             walk.machine.tables.update_rows(mine, walk.dense, source.row_gradients, row_updater(walk, source))

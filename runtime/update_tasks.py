@@ -160,11 +160,11 @@ def write_state(walk: Walk, index: int, task: Task) -> Operation:
 
 
 def _where_updated(walk: Walk, unit: int, move: Callable[[], None]) -> Operation:
-    """Moves a state in the steps that update it: a late update is not made where none is owed."""
+    """Moves a state in the steps that update it: not where a late update isn't owed, or a mere update is another's."""
     late = unit in walk.late
 
     def run(step: Step) -> None:
-        if not late or step.owed is not None:
+        if step.source(late=late) is not None:
             move()
 
     return run

@@ -44,7 +44,7 @@ def gradient_bytes(plan: Plan) -> int:
 def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
     """All pools of all tiers, empty ones left out. What never changes hands is a pool of one slot."""
     held = _held_params(model, plan)
-    micro_batches, accumulates = plan.accumulation, plan.accumulation > 1
+    micro_batches = plan.accumulation
     hidden = model.hidden_bytes(plan.micro_batch, plan.seq_len)
     inner = max(u.kernels(kernels).saved_bytes for u in model.layers) * plan.micro_batch * plan.seq_len
     largest = max(u.params for u in model.layers)
@@ -86,14 +86,13 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("inner activations (RAM)", plan.recompute.offload * micro_batches, inner),
         ("weight staging", 2 if held.whole_on_nvme else 0, BF16_BYTES * max(u.owned for u in model.layers)),
         ("input staging", micro_batches + 2 if plan.activations.nvme else 0, hidden),
-        # Summed on the device they come over the link; those of several micro-batches are added up here.
-        *([] if accumulates else [row_gradients]),
     ]
     pageable = [
-        *([row_gradients] if accumulates else []),
         ("optimizer state", 1, OPTIMIZER_BYTES_PER_PARAM * (held.by_cpu - held.on_nvme + vocab)),
         ("state staging", STATE_STAGING_SLOTS if held.on_nvme else 0, state_bytes * min(chunk, largest)),
     ]
+    # Summed on the device they come over the link; those of several micro-batches are added up here.
+    (pageable if plan.accumulation > 1 else page_locked).append(row_gradients)
     nvme = [
         ("optimizer state (NVMe)", 1, OPTIMIZER_BYTES_PER_PARAM * held.on_nvme),
         ("weights (NVMe)", 1, BF16_BYTES * held.whole_on_nvme),
