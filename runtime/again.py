@@ -1,17 +1,20 @@
-"""A layer's forward pass again, for its backward pass; without its last product where nobody reads it.
+"""A layer's forward pass again, for its backward pass; without the products that nobody reads.
 
 Most layers end with a sum of the residual and their last product, and the gradient of a sum needs neither of its terms.
-Of a gated MLP that product is a quarter of a layer's matrix work. Autograd builds its graph as ever, only the product
-itself is not computed: so gradients are, bit for bit, those of the whole pass.
+Of a gated MLP that product is a quarter of a layer's matrix work. Attention's last product, too, is only added: to the
+layer's input. Where the forward pass has saved that sum, the one in the layer's middle, it need not be made again.
+Autograd builds its graph as ever, only the products and sums themselves are not computed: so gradients are, bit for
+bit, those of the whole pass.
 
-The first pass is whole and shows what becomes of the product; only if all of that is sums that end in the layer's
-output is it left out. Each later pass is checked by autograd's graph again, and made whole if it went another way.
+The first pass is whole and shows what becomes of each product; only if all of that is sums is it left out. Each later
+pass is checked by autograd's graph again, and made whole if it went another way.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +23,13 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slidetune.errors import SlidetuneError
 from slidetune.runtime.binding import Call
 
 _PRODUCTS = {torch.ops.aten.mm.default: (0, 1), torch.ops.aten.addmm.default: (1, 2)}
 """With the places of their two matrices among the arguments."""
-_SUM = "AddBackward0"
 _ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+"""Of two tensors, without factors."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -35,36 +39,62 @@ class Again:
 
     def __init__(self, layer: nn.Module, *, whole: bool = False) -> None:
         self.layer = layer
-        self.left_out: nn.Linear | None = None
-        """Whose product is left out from the second time on."""
+        self.last: int | None = None
+        """The linear product, counted from 0, that is left out since only the layer's output depends on it."""
+        self.middle: int | None = None
+        """The one that is only added to the layer's input."""
         self._looked = whole
 
-    def __call__(self, x: Tensor, call: Call) -> Tensor:
-        """The layer's output for autograd to go back from; its contents mean nothing. Gradients must be enabled."""
+    def __call__(self, x: Tensor, call: Call, middle: Tensor | None = None) -> Tensor:
+        """The layer's output for autograd to go back from; its contents mean nothing. Gradients must be enabled.
+
+        `middle`: the sum of the layer's input and attention as the forward pass made it, shaped as `x`; must stay as
+        it is until the backward pass has ended.
+        """
         # Whoever has hooked something sees it whole.
         if has_hooks(self.layer) or _has_global_hooks():
             return layer_output(self.layer, x, call)
         if not self._looked:
             self._looked = True
             return self._look(x, call)
-        if self.left_out is None:
+        left_out = {} if self.last is None else {self.last: None}
+        if middle is not None and self.middle is not None:
+            left_out[self.middle] = middle
+        if not left_out:
             return layer_output(self.layer, x, call)
-        if _is_plain(self.left_out):
-            with _without_product(self.left_out) as outputs:
-                out = layer_output(self.layer, x, call)
-            if len(outputs) == 1 and _only_in_sum(out, outputs[0]):
-                return out
-        self.left_out = None
+        with _Without(left_out, x) as without:
+            out = layer_output(self.layer, x, call)
+        if without.went_the_same_way(out):
+            return out
+        self.last = self.middle = None
         return layer_output(self.layer, x, call)
 
     def _look(self, x: Tensor, call: Call) -> Tensor:
-        with _last_linear(self.layer) as ran:
+        with _Products(x) as ran:
             out = layer_output(self.layer, x, call)
-        if ran.calls and ran.only_added and [module for module, _ in ran.calls].count(ran.calls[-1][0]) == 1:
-            module, product = ran.calls[-1]
-            if _only_in_sum(out, product):
-                self.left_out = module
+        found = ran.products
+        if ran.middle is not None:
+            product = found[ran.middle]
+            if not product.read and _uses(out, product.node) == 1:
+                self.middle = ran.middle
+        if found and found[-1].only_added and _only_in_sum(out, found[-1].node):
+            self.last = len(found) - 1
         return out
+
+
+def saving_middle(layer: nn.Module, x: Tensor, call: Call, place: Tensor) -> Tensor:
+    """The layer's output without gradients; the sum of its input and attention is left in `place`, shaped as `x`.
+
+    Raises SlidetuneError if the layer adds no linear product to its input.
+    """
+    with _Saving(x, place) as saving:
+        out = layer_output(layer, x, call)
+    if not saving.done:
+        raise SlidetuneError(
+            f"{type(layer).__name__} has no sum of its input and attention alone to save.",
+            "In the plan, set recompute.middle to 0.",
+        )
+    return out
 
 
 def layer_output(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
@@ -83,63 +113,168 @@ def _has_global_hooks() -> bool:
     return any(getattr(torch_module, f"_global{kind}", None) for kind in _HOOKS)
 
 
-class _Ran(TorchFunctionMode):
-    """Which linear modules ran, and whether what the last of them gave is only added to something, and so on."""
+@dataclass(slots=True, eq=False)
+class _Product:
+    """A linear function's output."""
 
-    def __init__(self) -> None:
+    node: Any
+    """What autograd calls it."""
+    sums: list[weakref.ref[Tensor]]
+    """The product, and sums with it. Whoever doesn't hold them can't read them."""
+    read: bool = False
+    """It was used, but for one addition."""
+    only_added: bool = True
+    """It and all sums with it were used for additions alone."""
+    sum: Tensor | None = None
+    """What was given for the sum of it and something else."""
+    version: int = 0
+
+    def as_given(self) -> bool:
+        """Whether a sum was given for it, and nobody has written to that since."""
+        return self.sum is not None and self.sum._version == self.version
+
+    def give(self, value: Tensor) -> Tensor:
+        self.sum, self.version = value, value._version
+        return value
+
+
+class _Products(TorchFunctionMode):
+    """Takes note of linear products while a layer runs, and of what becomes of them."""
+
+    def __init__(self, x: Tensor) -> None:
         super().__init__()
-        self.calls: list[tuple[nn.Linear, Any]] = []
-        """Each with what autograd calls its output."""
-        self.only_added = True
-        self._sums: list[Tensor] = []
-        """The output of the last one, and sums with it."""
-
-    def ran(self, module: nn.Linear, _: Any, out: Tensor) -> None:
-        self.calls.append((module, out.grad_fn))
-        self.only_added, self._sums = True, [out]
+        self.x = x
+        self.products: list[_Product] = []
+        self.middle: int | None = None
+        """Which product was the first to be added to the layer's input."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is nn.functional.linear:
+            out = self.multiply(len(self.products), args, kwargs)
+            self.products.append(_Product(out.grad_fn, [weakref.ref(out)]))
+            return out
         # Shapes and the like, which are no values, are asked for by getters.
-        if getattr(func, "__name__", "") != "__get__" and self._takes_sum((args, kwargs)):
-            if func in _ADDITIONS:
-                self._sums.append(out)
+        if getattr(func, "__name__", "") == "__get__":
+            return func(*args, **kwargs)
+        uses = [(n, one) for n, one in enumerate(self.products) if any(_takes((args, kwargs), r()) for r in one.sums)]
+        added = func in _ADDITIONS and len(args) == 2 and not kwargs
+        if added:
+            terms = [n for n, one in uses if _takes(args, one.sums[0]())]
+            if self.middle is None and _takes(args, self.x) and terms and not self.products[terms[0]].read:
+                self.middle = terms[0]
+            out = self.add(func, args, terms)
+        else:
+            out = func(*args, **kwargs)
+        for _, product in uses:
             # Dropout of nothing gives back what it was given.
-            elif not any(out is one for one in self._sums):
-                self.only_added = False
+            if any(out is one() for one in product.sums):
+                continue
+            if _takes((args, kwargs), product.sums[0]()):
+                product.read |= not added or len(product.sums) > 1
+            if added:
+                product.sums.append(weakref.ref(out))
+            else:
+                product.only_added = False
         return out
 
-    def _takes_sum(self, value: Any) -> bool:
-        if isinstance(value, Tensor):
-            return any(value is one for one in self._sums)
-        if isinstance(value, dict):
-            return any(self._takes_sum(one) for one in value.values())
-        return isinstance(value, list | tuple) and any(self._takes_sum(one) for one in value)
+    def multiply(self, place: int, args: tuple, kwargs: dict) -> Tensor:
+        """The next product."""
+        return nn.functional.linear(*args, **kwargs)
+
+    def add(self, func: Any, terms: tuple, places: list[int]) -> Tensor:
+        """The sum of two terms, the products in `places` among them."""
+        return func(*terms)
 
 
-@contextlib.contextmanager
-def _last_linear(layer: nn.Module) -> Iterator[_Ran]:
-    """Inside, notes are taken of the plain linear modules of `layer` that run."""
-    ran = _Ran()
-    hooks = [module.register_forward_hook(ran.ran) for module in layer.modules() if _is_plain(module)]
-    try:
-        with ran:
-            yield ran
-    finally:
-        for hook in hooks:
-            hook.remove()
+class _Saving(_Products):
+    """Leaves the sum of the layer's input and a product in `place`."""
+
+    def __init__(self, x: Tensor, place: Tensor) -> None:
+        super().__init__(x)
+        self.place = place
+
+    def add(self, func: Any, terms: tuple, places: list[int]) -> Tensor:
+        if self.middle not in places or self.products[self.middle].sum is not None:
+            return super().add(func, terms, places)
+        torch.add(*terms, out=self.place)
+        return self.products[self.middle].give(self.place.data)
+
+    @property
+    def done(self) -> bool:
+        return self.middle is not None and self.products[self.middle].as_given()
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is linear and nothing else."""
-    return type(module) is nn.Linear and "forward" not in module.__dict__
+class _Without(_Products):
+    """Some products and their sums are not computed: their outputs have their shape and their place in autograd's
+    graph. `sums`: by product, what the sum of it and the layer's input is, or None where nobody will read it."""
+
+    def __init__(self, sums: Mapping[int, Tensor | None], x: Tensor) -> None:
+        super().__init__(x)
+        self.sums = sums
+
+    def multiply(self, place: int, args: tuple, kwargs: dict) -> Tensor:
+        if place not in self.sums:
+            return super().multiply(place, args, kwargs)
+        with _LeftOut():
+            return super().multiply(place, args, kwargs)
+
+    def add(self, func: Any, terms: tuple, places: list[int]) -> Tensor:
+        places = [place for place in places if place in self.sums and self.products[place].sum is None]
+        one, other = terms
+        alike = isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape
+        if not places or not alike or one.dtype != other.dtype:
+            return super().add(func, terms, places)
+        product, known = self.products[places[0]], self.sums[places[0]]
+        if known is None:
+            known = other if one is product.sums[0]() else one
+        elif places[0] != self.middle:
+            return super().add(func, terms, places)
+        return product.give(_Known.apply(one, other, [known]))
+
+    def went_the_same_way(self, out: Tensor) -> bool:
+        """Whether the layer's output depends on no value that was left out."""
+        if len(self.products) <= max(self.sums):
+            return False
+        return all(
+            product.as_given()
+            and not product.read
+            and (_only_in_sum(out, product.node) if known is None else _uses(out, product.node) == 1)
+            for product, known in ((self.products[place], known) for place, known in self.sums.items())
+        )
+
+
+class _Known(torch.autograd.Function):
+    """A sum whose value is known, or will not be read: for autograd a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, one: Tensor, other: Tensor, value: list[Tensor]) -> Tensor:
+        return value[0].data
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient, gradient, None
+
+
+_SUMS = ("AddBackward0", "_KnownBackward")
+
+
+def _takes(arguments: Any, value: Tensor | None) -> bool:
+    """Whether a value is among a function's arguments."""
+    if value is None:
+        return False
+    if isinstance(arguments, dict):
+        arguments = arguments.values()
+    return any(
+        one is value or (isinstance(one, list | tuple | dict) and _takes(one, value)) for one in arguments
+    )
 
 
 def _only_in_sum(out: Tensor, product: Any) -> bool:
     """Whether an output depends on a product, told by its node in autograd's graph, by sums alone."""
     node = out.grad_fn
-    while node is not None and node.name() == _SUM:
-        through = [term for term, _ in node.next_functions if term is not None and _reaches(term, product)]
+    while node is not None and node.name() in _SUMS:
+        through = [term for term in _terms(node) if any(one is product for one in _graph(term))]
         if len(through) != 1:
             return False
         if through[0] is product:
@@ -148,37 +283,25 @@ def _only_in_sum(out: Tensor, product: Any) -> bool:
     return False
 
 
-def _reaches(start: Any, product: Any) -> bool:
-    """Whether a node of autograd's graph depends on another."""
-    seen, ahead = set(), [start]
+def _uses(out: Tensor, product: Any) -> int:
+    """How often a product is used for an output."""
+    return sum(term is product for node in _graph(out.grad_fn) for term in _terms(node))
+
+
+def _terms(node: Any) -> list[Any]:
+    return [term for term, _ in node.next_functions if term is not None]
+
+
+def _graph(start: Any) -> Iterator[Any]:
+    """A node of autograd's graph and all that it depends on, each once."""
+    seen, ahead = {start}, [start]
     while ahead:
         node = ahead.pop()
-        if node is product:
-            return True
-        if node in seen:
-            continue
-        seen.add(node)
-        ahead += [term for term, _ in node.next_functions if term is not None]
-    return False
-
-
-@contextlib.contextmanager
-def _without_product(linear: nn.Linear) -> Iterator[list[Any]]:
-    """Inside, a linear module's output has its shape and its place in autograd's graph, and is not computed. The list
-    has what autograd calls each output."""
-    whole, outputs = linear.forward, []
-
-    def forward(x: Tensor) -> Tensor:
-        with _LeftOut():
-            out = whole(x)
-        outputs.append(out.grad_fn)
-        return out
-
-    linear.forward = forward
-    try:
-        yield outputs
-    finally:
-        del linear.forward
+        yield node
+        for term in _terms(node):
+            if term not in seen:
+                seen.add(term)
+                ahead.append(term)
 
 
 class _LeftOut(TorchDispatchMode):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from slidetune.plans import Placement
-from slidetune.runtime.again import Again, layer_output
+from slidetune.runtime.again import Again, layer_output, saving_middle
 from slidetune.runtime.captured import Inputs
 from slidetune.runtime.clipping import add_squares
 from slidetune.runtime.head_loss import chunked_loss, chunked_loss_alone, loss_alone
@@ -31,6 +31,10 @@ def forward(walk: Walk, index: int, task: Task) -> Operation:
     place, inner, passes = walk.machine.places[i], None, walk.machine.passes
     if place.inner != "recompute" and not stays_as_it_is(place):
         inner = walk.inner[i, m] = Inner(walk.device)
+    middle = walk.slot(index, "middles")
+    middle = walk.slot(index, "saved middles") if middle is None else middle
+    if middle is not None:
+        walk.middles[i, m] = middle
 
     def body(step: Step, inputs: Inputs) -> None:
         shape = step.micro_batches[m].shape
@@ -38,7 +42,7 @@ def forward(walk: Walk, index: int, task: Task) -> Operation:
         x = as_hidden(source, shape, walk.spec.hidden_size)
         if place.inner == "recompute":
             with torch.no_grad():
-                out = _layer(walk, step, i, m, x, inputs)
+                out = _layer(walk, step, i, m, x, inputs, middle)
         else:
             x.requires_grad_()
             collecting = contextlib.nullcontext() if inner is None else inner.collecting(inputs.shared, x, weights)
@@ -68,23 +72,31 @@ def stays_as_it_is(place: Placement) -> bool:
     return place.inner == "keep" and place.weights == "gpu" and place.saved_input == "gpu"
 
 
-def _layer(walk: Walk, step: Step, i: int, m: int, x: Tensor, inputs: Inputs) -> Tensor:
+def _layer(
+    walk: Walk, step: Step, i: int, m: int, x: Tensor, inputs: Inputs, middle: Tensor | None = None
+) -> Tensor:
+    """A layer's output; `middle` gets the sum in its middle."""
+    layer, call = walk.machine.parts.layers[i], inputs.calls[i]
     with walk.randomly(step, i + 1, m):
-        return layer_output(walk.machine.parts.layers[i], x, inputs.calls[i])
+        if middle is None:
+            return layer_output(layer, x, call)
+        return saving_middle(layer, x, call, as_hidden(middle, x.shape[:2], walk.spec.hidden_size))
 
 
 def recompute(walk: Walk, index: int, task: Task) -> Operation:
     """A layer's forward pass again, for its backward pass."""
     i, m = task.unit - 1, task.micro_batch
-    source = walk.hidden[i, m]
+    source, middle = walk.hidden[i, m], walk.middles.get((i, m))
     pointed, weights = walk.machine.pointed[task.unit], walk.weights[task.unit]
     again = Again(walk.machine.parts.layers[i], whole=walk.machine.randomness.active)
 
     def body(step: Step, inputs: Inputs) -> None:
         pointed.point(weights)
-        x = as_hidden(source, step.micro_batches[m].shape, walk.spec.hidden_size).requires_grad_()
+        shape, width = step.micro_batches[m].shape, walk.spec.hidden_size
+        x = as_hidden(source, shape, width).requires_grad_()
+        known = None if middle is None else as_hidden(middle, shape, width)
         with torch.enable_grad(), walk.randomly(step, task.unit, m):
-            step.graphs[i, m] = (x, get_gradient_edge(again(x, inputs.calls[i])))
+            step.graphs[i, m] = (x, get_gradient_edge(again(x, inputs.calls[i], known)))
 
     return walk.machine.passes.bind(m, body)
 

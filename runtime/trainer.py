@@ -151,6 +151,12 @@ class SlidingTrainer:
             _check_same_model(plan, whole)
         self.parts = Parts(model, whole)
         model.train()
+        self._draws = draws_random_numbers(model)
+        if plan.recompute.middle and self._draws:
+            raise SlidetuneError(
+                "recompute.middle can't be honoured in a model with dropout: recomputation has to make all of a layer.",
+                "Set recompute.middle to 0, or the model's dropout.",
+            )
         units = unit_layouts(self.parts, rule or decay_where_it_belongs(optimizer or AdamW()))
         _check_rates(units)
         self.spec: ModelSpec = with_frozen(whole, frozen_counts(units))
@@ -517,7 +523,7 @@ class SlidingTrainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self._pointed = [Pointed(unit.computed, unit.targets) if unit.targets else None for unit in units]
-        self._randomness = Randomness(seed, self.device, draws_random_numbers(model))
+        self._randomness = Randomness(seed, self.device, self._draws)
         # Not made anew in each step: torch marks page-locked memory that is freed by an event in the stream that wrote
         # to it, and that stream may be recording at that moment.
         places_of_losses = torch.empty(_LOSSES, plan.accumulation, pin_memory=self.device.type == "cuda")

@@ -68,14 +68,7 @@ def save(walk: Walk, index: int, task: Task) -> Operation:
     target = walk.slot(index, "input staging") if target is None else target
     source = walk.hidden[i, m]
     walk.in_ram[i, m] = target
-
-    def run(step: Step) -> None:
-        shape = step.micro_batches[m].shape
-        as_hidden(target, shape, walk.spec.hidden_size).copy_(
-            as_hidden(source, shape, walk.spec.hidden_size), non_blocking=True
-        )
-
-    return run
+    return _copied(walk, source, target, m)
 
 
 def load(walk: Walk, index: int, task: Task) -> Operation:
@@ -83,12 +76,32 @@ def load(walk: Walk, index: int, task: Task) -> Operation:
     i, m = task.unit - 1, task.micro_batch
     source = walk.in_ram[i, m]
     target = walk.hidden[i, m] = walk.slot(index, "hidden states")
+    return _copied(walk, source, target, m)
+
+
+def save_middle(walk: Walk, index: int, task: Task) -> Operation:
+    """The sum in a layer's middle goes down."""
+    return _middle_moved(walk, index, task, "saved middles (RAM)")
+
+
+def load_middle(walk: Walk, index: int, task: Task) -> Operation:
+    """The sum in a layer's middle comes back up."""
+    return _middle_moved(walk, index, task, "middles")
+
+
+def _middle_moved(walk: Walk, index: int, task: Task, pool: str) -> Operation:
+    i, m = task.unit - 1, task.micro_batch
+    source, target = walk.middles[i, m], walk.slot(index, pool)
+    walk.middles[i, m] = target
+    return _copied(walk, source, target, m)
+
+
+def _copied(walk: Walk, source: Tensor, target: Tensor, m: int) -> Operation:
+    """Hidden states of a micro-batch go from one slot to another."""
 
     def run(step: Step) -> None:
-        shape = step.micro_batches[m].shape
-        as_hidden(target, shape, walk.spec.hidden_size).copy_(
-            as_hidden(source, shape, walk.spec.hidden_size), non_blocking=True
-        )
+        shape, width = step.micro_batches[m].shape, walk.spec.hidden_size
+        as_hidden(target, shape, width).copy_(as_hidden(source, shape, width), non_blocking=True)
 
     return run
 

@@ -79,6 +79,7 @@ class Walk:
         self.weights: dict[int, Tensor] = self._resident_weights()
         self.hidden: dict[tuple[int, int], Tensor] = {}
         self.in_ram: dict[tuple[int, int], Tensor] = {}
+        self.middles: dict[tuple[int, int], Tensor] = {}
         self.upstream: dict[int, Tensor] = {}
         self.gradient: dict[int, Tensor] = {}
         self.ring: dict[tuple[int, int], Tensor] = {}

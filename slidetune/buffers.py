@@ -5,6 +5,7 @@ The builder hands out the slots of these pools; the runtime allocates them; the 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from slidetune.model import (
@@ -51,6 +52,7 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
     chunk = max(1, min(chunk_params(plan), max(largest, model.head_gradient_elements)))
     vocab = model.embedding.params + model.head.params
     frozen = model.embedding.frozen + model.head.frozen
+    middles = Counter(place.saved_input for place in place_layers(plan, len(model.layers)) if place.middle)
     saved_in_ram = len(model.layers) - plan.activations.gpu - plan.activations.nvme
     deferred = plan.update == "forward"
     late = late_units(plan, model)
@@ -67,6 +69,8 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("head gradient", 1, FP32_BYTES * model.head_gradient_elements),
         ("hidden states", micro_batches + LOAD_SLOTS, hidden),
         ("saved inputs", plan.activations.gpu * micro_batches, hidden),
+        ("middles", LOAD_SLOTS if middles["ram"] else 0, hidden),
+        ("saved middles", middles["gpu"] * micro_batches, hidden),
         (KEPT, plan.recompute.keep * micro_batches, inner),
         ("activations in transit", LOAD_SLOTS if plan.recompute.offload else 0, inner),
         ("resident layers", 1, STATE_BYTES_PER_PARAM * held.resident + BF16_BYTES * held.resident_frozen),
@@ -83,6 +87,7 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("tied gradient", 0 if deferred or not model.tied else 1, BF16_BYTES * model.embedding.params),
         ("embedding rows", 2, micro_batches * hidden),
         ("saved inputs (RAM)", saved_in_ram * micro_batches, hidden),
+        ("saved middles (RAM)", middles["ram"] * micro_batches, hidden),
         ("inner activations (RAM)", plan.recompute.offload * micro_batches, inner),
         ("weight staging", 2 if held.whole_on_nvme else 0, BF16_BYTES * max(u.owned for u in model.layers)),
         ("input staging", micro_batches + 2 if plan.activations.nvme else 0, hidden),

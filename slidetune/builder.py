@@ -130,6 +130,7 @@ class _Step:
         self.loaded: dict[tuple[int, int], tuple[int, _Held]] = {}
         self.staged: dict[tuple[int, int], tuple[int, _Held]] = {}
         self.inner: dict[tuple[int, int], tuple[int, _Held | None]] = {}
+        self.middles: dict[tuple[int, int], tuple[int, _Held]] = {}
         self.gradients: dict[int, int] = {}
 
     # ---- the step -----------------------------------------------------------------------------------------
@@ -202,8 +203,9 @@ class _Step:
                 self._visit()
             source, held = self.inputs[i, m]
             target = self._take("saved inputs" if self._saved_on_gpu(i + 1) else "hidden states")
-            inner = self._take_inner(place)
-            task = self._emit(work, unit.index, (source, *ready, *target[2], *(inner[2] if inner else ())), m)
+            inner, middle = self._take_inner(place), self._take_middle(place)
+            taken = tuple(after for slot in (target, inner, middle) if slot for after in slot[2])
+            task = self._emit(work, unit.index, (source, *ready, *taken), m)
             self.inputs[i + 1, m] = (task, self._own(target, task))
             readers = (task,)
             if place.saved_input in ("ram", "nvme"):
@@ -212,6 +214,8 @@ class _Step:
                 self._release(held, *readers)
             if inner:
                 self._keep_inner(i, m, task, self._own(inner, task))
+            if middle:
+                self._save_middle(i, m, task, self._own(middle, task))
         if slot is not None and i not in self.turnaround:
             self._release(slot, task)
             del self.weights[i]
@@ -266,8 +270,9 @@ class _Step:
         again = self._work(
             "recompute",
             GPU,
-            flops=unit.recompute_flops(plan.micro_batch, plan.seq_len),
-            traffic_bytes=self._traffic(unit),
+            flops=unit.recompute_flops(plan.micro_batch, plan.seq_len, middle=place.middle),
+            # The sum isn't made: two terms not read, and it is not written.
+            traffic_bytes=self._traffic(unit) - (3.0 * self.hidden_bytes if place.middle else 0.0),
             launches=self._launches(unit),
             working_bytes=buffers.recompute_working_bytes(unit, plan, self.kernels),
         )
@@ -289,6 +294,9 @@ class _Step:
             self._load_ahead(i, m)
             source, saved = self.loaded.pop((i, m), None) or self.inputs[i, m]
             after = (source, self.gradients[m], *ready)
+            middle = self.middles.pop((i, m), None)
+            if middle:
+                after += (middle[0],)
             if recomputed:
                 task = self._emit(again, unit.index, after, m)
                 after = (task,)
@@ -299,6 +307,8 @@ class _Step:
             self.gradients[m] = task
             held = held or (self._own(gradient, task) if gradient else None)
             self._release(saved, task)
+            if middle:
+                self._release(middle[1], task)
             if not recomputed and transit is not None:
                 self._release(transit, task)
         if slot is not None:
@@ -456,11 +466,37 @@ class _Step:
             self._load_inner(i, m)
         if place.saved_input == "gpu":
             return
+        if place.middle:
+            self._load_middle(i, m)
         source, held = self.staged.pop((i, m))
         slot = self._take("hidden states")
         load = self._emit(self._work("load", H2D, bytes=self.hidden_bytes), unit.index, (source, *slot[2]), m)
         self._release(held, load)
         self.loaded[i, m] = (load, self._own(slot, load))
+
+    def _take_middle(self, place: Placement) -> tuple | None:
+        if not place.middle:
+            return None
+        return self._take("saved middles" if place.saved_input == "gpu" else "middles")
+
+    def _save_middle(self, i: int, m: int, forward: int, held: _Held) -> None:
+        """The sum in a layer's middle stays on the GPU, or goes down to RAM, as the layer's input does."""
+        if self.placements[i].saved_input == "gpu":
+            self.middles[i, m] = (forward, held)
+            return
+        target = self._take("saved middles (RAM)")
+        work = self._work("save middle", D2H, bytes=self.hidden_bytes)
+        save = self._emit(work, self.layers[i].index, (forward, *target[2]), m)
+        self._release(held, save)
+        self.middles[i, m] = (save, self._own(target, save))
+
+    def _load_middle(self, i: int, m: int) -> None:
+        source, held = self.middles[i, m]
+        slot = self._take("middles")
+        work = self._work("load middle", H2D, bytes=self.hidden_bytes)
+        load = self._emit(work, self.layers[i].index, (source, *slot[2]), m)
+        self._release(held, load)
+        self.middles[i, m] = (load, self._own(slot, load))
 
     def _take_inner(self, place: Placement) -> tuple | None:
         if place.inner == "recompute":

@@ -276,7 +276,7 @@ def _gpt2(f: Fields) -> Skeleton:
         out_bias=True,
         mlp_bias=True,
         # Its products are a module of transformers' own, with dropout behind the last.
-        ends_in_sum=False,
+        linear_modules=False,
         fused_kernels=False,
     )
     return Skeleton(

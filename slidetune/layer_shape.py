@@ -53,8 +53,8 @@ class LayerShape:
     """A learned logit per head in the softmax (gpt-oss)."""
     span: int | None = None
     """Tokens a query may look back on, itself included; None for all."""
-    ends_in_sum: bool = True
-    """The MLP's last product is a linear module's, and without a norm behind it only added to the residual."""
+    linear_modules: bool = True
+    """Its products are torch's linear modules', and without a norm behind them only added to the residual."""
     fused_kernels: bool = True
     """Liger has kernels for this family."""
 
@@ -92,9 +92,17 @@ class LayerShape:
     @property
     def left_out_elements(self) -> int:
         """Weight elements of the last product, if no gradient depends on what comes of it."""
-        if self.experts or self.post_norms or not self.ends_in_sum:
+        if self.experts or self.post_norms or not self.linear_modules:
             return 0
         return self.inner * self.hidden
+
+    @property
+    def middle_elements(self) -> int:
+        """Weight elements of attention's last product, if a linear module's, which is only added to the layer's input,
+        and that sum is what the MLP begins with."""
+        if self.pre_norms < 2 or self.post_norms or not self.linear_modules:
+            return 0
+        return self.query * self.hidden
 
     @property
     def params(self) -> int:

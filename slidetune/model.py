@@ -72,6 +72,9 @@ class Unit:
     left_out_elements: int = 0
     """Of these, those of a layer's last product where it is only added to the residual: a gradient needs no term of a
     sum, so recomputation leaves it out."""
+    middle_elements: int = 0
+    """Those of attention's last product, where a saved sum of it and the residual can take its place: recomputation
+    then leaves it out too. 0 where layers have no such sum."""
     attention_width: int = 0
     """Query heads times head size; 0 where there is no attention."""
     attention_span: int | None = None
@@ -108,9 +111,10 @@ class Unit:
         """FLOPs of a forward pass of `sequences` sequences of `seq_len` tokens."""
         return self.matmul_flops(sequences, seq_len) + self.attention_flops(sequences, seq_len)
 
-    def recompute_flops(self, sequences: int, seq_len: int) -> float:
-        """FLOPs of a forward pass that only a backward pass needs."""
-        return self.forward_flops(sequences, seq_len) - 2.0 * self.left_out_elements * sequences * seq_len
+    def recompute_flops(self, sequences: int, seq_len: int, *, middle: bool = False) -> float:
+        """FLOPs of a forward pass that only a backward pass needs. `middle`: the sum in its middle was saved."""
+        left_out = self.left_out_elements + (self.middle_elements if middle else 0)
+        return self.forward_flops(sequences, seq_len) - 2.0 * left_out * sequences * seq_len
 
     def backward_flops(self, sequences: int, seq_len: int) -> float:
         """FLOPs of a backward pass: twice the weight products, or once for frozen weights; attention 2.5 times,

@@ -40,6 +40,9 @@ class Recompute:
     """Layers, counted from the last, that keep their inner activations on the GPU."""
     offload: int = 0
     """Layers before those that send them to RAM and bring them back."""
+    middle: int = 0
+    """Of the layers that recompute, and whose input is not on NVMe: so many, spread evenly, save the sum of their
+    input and attention along with their input. The backward pass then need not make attention's last product again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +133,7 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
             ("activations.nvme", plan.activations.nvme, 0),
             ("recompute.keep", plan.recompute.keep, 0),
             ("recompute.offload", plan.recompute.offload, 0),
+            ("recompute.middle", plan.recompute.middle, 0),
             ("chunk_bytes", plan.chunk_bytes, 4096),
             ("adam_threads", plan.adam_threads, 1),
         )
@@ -184,6 +188,15 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
             f"recompute names {plan.recompute.keep + plan.recompute.offload} layers, the model has {layers}.",
         ),
         (
+            plan.recompute.middle > sum(_has_middle(plan, layers)),
+            f"recompute.middle ({plan.recompute.middle}) exceeds the {sum(_has_middle(plan, layers))} layers that "
+            "recompute and whose input is not on NVMe.",
+        ),
+        (
+            plan.recompute.middle > 0 and not all(unit.middle_elements for unit in model.layers),
+            f"recompute.middle must be 0: layers of {model.name} have no sum of their input and attention alone.",
+        ),
+        (
             plan.seq_len > model.max_seq_len,
             f"seq_len ({plan.seq_len}) exceeds the model's {model.max_seq_len} positions.",
         ),
@@ -221,6 +234,8 @@ class Placement(NamedTuple):
     """Tier of the layer's input between forward and backward; "none" where no backward pass follows."""
     inner: Literal["recompute", "keep", "offload"]
     """What happens to the inner activations."""
+    middle: bool
+    """The sum in the layer's middle is saved with its input, so that recomputation need not make it."""
 
 
 def spread(chosen: int, of: int) -> list[bool]:
@@ -244,6 +259,7 @@ def place_layers(plan: Plan, layers: int) -> list[Placement]:
     )
     last_kept = layers - plan.recompute.keep
     last_offloaded = last_kept - plan.recompute.offload
+    middle = _spread_within(_has_middle(plan, layers), plan.recompute.middle)
     return [
         Placement(
             resident=resident[i],
@@ -251,6 +267,7 @@ def place_layers(plan: Plan, layers: int) -> list[Placement]:
             optimizer="gpu" if resident[i] else "nvme" if optimizer_nvme[i] else "ram",
             saved_input="gpu" if i >= layers - plan.activations.gpu else "nvme" if i < plan.activations.nvme else "ram",
             inner="keep" if i >= last_kept else "offload" if i >= last_offloaded else "recompute",
+            middle=middle[i],
         )
         for i in range(layers)
     ]
@@ -258,7 +275,7 @@ def place_layers(plan: Plan, layers: int) -> list[Placement]:
 
 def kept_nothing(placements: Sequence[Placement]) -> list[Placement]:
     """The placements of a forward pass that no backward pass follows: weights where they are, nothing saved."""
-    return [place._replace(saved_input="none", inner="recompute") for place in placements]
+    return [place._replace(saved_input="none", inner="recompute", middle=False) for place in placements]
 
 
 def late_units(plan: Plan, model: ModelSpec) -> frozenset[int]:
@@ -278,6 +295,12 @@ def captured(plan: Plan, model: ModelSpec) -> bool:
     """
     small = plan.micro_batch * plan.seq_len <= CAPTURED_TOKENS
     return small and model.same_kernels and not plan.recompute.offload
+
+
+def _has_middle(plan: Plan, layers: int) -> list[bool]:
+    """The layers that may save the sum in their middle."""
+    recomputing = layers - plan.recompute.keep - plan.recompute.offload
+    return [plan.activations.nvme <= i < recomputing for i in range(layers)]
 
 
 def _spread_within(eligible: list[bool], chosen: int) -> list[bool]:

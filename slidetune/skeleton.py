@@ -49,6 +49,7 @@ def _layer_figures(shape: LayerShape, draws: bool) -> dict[str, Any]:
         "largest_tensor": shape.largest_tensor,
         "matmul_elements": shape.matmul_elements,
         "left_out_elements": 0 if draws else shape.left_out_elements,
+        "middle_elements": 0 if draws else shape.middle_elements,
         "attention_width": shape.query,
         "attention_span": shape.span,
         "eager": layer_costs(shape, fused=False),

@@ -53,6 +53,8 @@ _KINDS = {
     "gather": "activations",
     "save": "activations",
     "load": "activations",
+    "save middle": "activations",
+    "load middle": "activations",
     "save inner": "activations",
     "load inner": "activations",
     "write input": "activations",
@@ -71,6 +73,7 @@ _OWNER_WORDS = (
     ("optimizer", "optimizer state"),
     ("state", "optimizer state"),
     ("input", "activations"),
+    ("middle", "activations"),
     ("activation", "activations"),
     ("embedding", "head and loss"),
 )

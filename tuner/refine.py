@@ -12,7 +12,7 @@ from slidetune.tuner.space import Space
 
 _COUNTS = ("resident_layers", "resident_weights", "late_updates")
 # Axes whose values are shares of the layers.
-_SHARES = (*_COUNTS, "recompute.keep", "activations.gpu")
+_SHARES = (*_COUNTS, "recompute.keep", "recompute.middle", "activations.gpu")
 
 
 def refined(plan: Plan, space: Space, model: ModelSpec) -> list[Plan]:
@@ -32,6 +32,9 @@ def _single(plan: Plan) -> Iterator[Plan]:
     for knob, step in itertools.product(_COUNTS, (1, -1, 2, -2)):
         yield dataclasses.replace(plan, **{knob: getattr(plan, knob) + step})
     yield _keeping(plan, plan.recompute.keep - 1)
+    for step in (1, -1, 3, -3):
+        middle = plan.recompute.middle + step
+        yield dataclasses.replace(plan, recompute=dataclasses.replace(plan.recompute, middle=middle))
 
 
 def _for_keeping(plan: Plan) -> Iterator[Plan]:
@@ -42,4 +45,6 @@ def _for_keeping(plan: Plan) -> Iterator[Plan]:
 
 
 def _keeping(plan: Plan, layers: int) -> Plan:
-    return dataclasses.replace(plan, recompute=Recompute(keep=layers, offload=plan.recompute.offload))
+    # Where all that recompute have their middle saved, so do they afterwards.
+    middle = max(0, plan.recompute.middle - (layers - plan.recompute.keep)) if plan.recompute.middle else 0
+    return dataclasses.replace(plan, recompute=Recompute(keep=layers, offload=plan.recompute.offload, middle=middle))

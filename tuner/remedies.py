@@ -11,7 +11,7 @@ from slidetune import buffers
 from slidetune.errors import DoesNotFit
 from slidetune.hardware import HardwareProfile
 from slidetune.model import ModelSpec
-from slidetune.plans import Activations, Plan, Recompute, problems
+from slidetune.plans import Activations, Plan, problems
 from slidetune.schedule import TIERS, Pool
 from slidetune.traces.labels import TIER_LABELS
 from slidetune.units import GB, GIB, format_bytes
@@ -76,7 +76,11 @@ def _candidates(model: ModelSpec, profile: HardwareProfile, plan: Plan) -> Itera
 
     yield (
         lambda p: f"recompute.keep: {p.recompute.keep}",
-        (changed(recompute=Recompute(keep=k, offload=plan.recompute.offload)) for k in down(plan.recompute.keep)),
+        (changed(recompute=dataclasses.replace(plan.recompute, keep=k)) for k in down(plan.recompute.keep)),
+    )
+    yield (
+        lambda p: f"recompute.middle: {p.recompute.middle}",
+        (changed(recompute=dataclasses.replace(plan.recompute, middle=n)) for n in down(plan.recompute.middle)),
     )
     yield (
         lambda p: f"activations.gpu: {p.activations.gpu}",

@@ -57,6 +57,9 @@ class Space:
         weights_nvme = round(v["weights_nvme"] * optimizer_nvme)
         inputs_gpu = round(v["activations.gpu"] * layers)
         keep = round(v["recompute.keep"] * layers)
+        offload = round(v["recompute.offload"] * (layers - keep))
+        inputs_nvme = round(v["activations.nvme"] * (layers - inputs_gpu))
+        middle = round(v["recompute.middle"] * max(0, layers - keep - offload - inputs_nvme))
         late = round(v["late_updates"] * sliding) if v["update"] == "backward" else 0
         micro_batch, batch = v["micro_batch"], v.get("batch")
         most = max(1, MAX_STEP_TOKENS // (micro_batch * self.base.seq_len))
@@ -70,8 +73,8 @@ class Space:
             resident_weights=round(v["resident_weights"] * (sliding - weights_nvme)),
             optimizer_nvme=optimizer_nvme,
             weights_nvme=weights_nvme,
-            activations=Activations(gpu=inputs_gpu, nvme=round(v["activations.nvme"] * (layers - inputs_gpu))),
-            recompute=Recompute(keep=keep, offload=round(v["recompute.offload"] * (layers - keep))),
+            activations=Activations(gpu=inputs_gpu, nvme=inputs_nvme),
+            recompute=Recompute(keep=keep, offload=offload, middle=middle),
             chunk_bytes=v["chunk_bytes"],
             adam_threads=v["adam_threads"],
             update=v["update"],
@@ -152,6 +155,7 @@ def full_space(model: ModelSpec, profile: HardwareProfile, base: Plan, batch: in
             Axis("activations.nvme", (0.0, 0.5, 1.0) if drive else (0.0,)),
             Axis("recompute.keep", (0.0, 0.0625, 0.125, 0.25, 0.5, 1.0)),
             Axis("recompute.offload", (0.0, 0.125, 0.25, 0.5)),
+            Axis("recompute.middle", (0.0, 0.5, 1.0) if all(u.middle_elements for u in model.layers) else (0.0,)),
             Axis("chunk_bytes", chunk_sizes(model)),
             Axis("adam_threads", tuple(reversed(threads))),
             Axis("update", updates),
@@ -177,6 +181,7 @@ def coarse_space(model: ModelSpec, profile: HardwareProfile, base: Plan, batch: 
         "activations__nvme": (0.0,),
         "recompute__keep": (0.0, 0.125),
         "recompute__offload": (0.0,),
+        "recompute__middle": (0.0,),
         "chunk_bytes": axes["chunk_bytes"][1:2],
         "adam_threads": axes["adam_threads"][:1],
         "late_updates": (0.0,),

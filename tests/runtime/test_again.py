@@ -1,4 +1,4 @@
-"""Recomputed layers: their last product is left out where gradients don't depend on it, and nowhere else."""
+"""Recomputed layers: products are left out where gradients don't depend on them, and nowhere else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slidetune.families import spec_from_config
 from slidetune.runtime import again
-from slidetune.runtime.again import Again, layer_output
+from slidetune.errors import SlidetuneError
+from slidetune.runtime.again import Again, layer_output, saving_middle
 from slidetune.runtime.binding import Parts
 
 from ..slidetune.reference import SMALL_CONFIGS
@@ -60,12 +61,54 @@ def test_gradients_are_those_of_the_whole_pass_and_the_spec_says_what_is_left_ou
     x, upward = (torch.randn(2, 20, spec.hidden_size).to(torch.bfloat16) for _ in range(2))
     for unit, layer, call in zip(spec.layers, parts.layers, calls, strict=True):
         whole = gradients(lambda x, call, layer=layer: layer_output(layer, x, call), layer, x, upward, call)
-        recomputed = Again(layer)
+        recomputed, weights = Again(layer), linear_weights(layer, x, call)
         for _ in range(3):
             assert_same(gradients(recomputed, layer, x, upward, call), whole)
-        left_out = 0 if recomputed.left_out is None else recomputed.left_out.weight.numel()
+        left_out = 0 if recomputed.last is None else weights[recomputed.last]
         assert left_out == unit.left_out_elements
         assert unit.forward_flops(2, 20) - unit.recompute_flops(2, 20) == 2 * left_out * 40
+
+
+@pytest.mark.parametrize("name", SMALL_CONFIGS)
+def test_with_the_sum_in_the_middle_saved_too(name, worthless):
+    config = SMALL_CONFIGS[name] | (WITHOUT_DROPOUT if SMALL_CONFIGS[name]["model_type"] == "gpt2" else {})
+    spec = spec_from_config(config, name)
+    model = make_model(config).train()
+    parts = Parts(model, spec)
+    ids = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    calls, _ = parts.record_calls(torch.device("cpu"), {"input_ids": ids})
+    x, upward = (torch.randn(2, 20, spec.hidden_size).to(torch.bfloat16) for _ in range(2))
+    for unit, layer, call in zip(spec.layers, parts.layers, calls, strict=True):
+        middle = torch.full_like(x, float("nan"))
+        if not unit.middle_elements:
+            with pytest.raises(SlidetuneError, match="no sum"), torch.no_grad():
+                saving_middle(layer, x, call, middle)
+            continue
+        with torch.no_grad():
+            out = saving_middle(layer, x, call, middle)
+            assert torch.equal(out, layer_output(layer, x, call))
+        whole = gradients(lambda x, call, layer=layer: layer_output(layer, x, call), layer, x, upward, call)
+        recomputed, weights = Again(layer), linear_weights(layer, x, call)
+        for _ in range(3):
+
+            def known(x, call, recomputed=recomputed, middle=middle):
+                return recomputed(x, call, middle)
+
+            assert_same(gradients(known, layer, x, upward, call), whole)
+        assert weights[recomputed.middle] == unit.middle_elements
+        saved = unit.recompute_flops(2, 20) - unit.recompute_flops(2, 20, middle=True)
+        assert saved == 2 * unit.middle_elements * 40
+
+
+def linear_weights(layer, x, call):
+    """Elements of the weights of a layer's linear modules, in the order in which they run."""
+    ran = []
+    linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    hooks = [one.register_forward_hook(lambda module, args, out: ran.append(module.weight.numel())) for one in linear]
+    layer_output(layer, x, call)
+    for hook in hooks:
+        hook.remove()
+    return ran
 
 
 class Layer(nn.Module):
@@ -91,6 +134,7 @@ LEFT_OUT = {
     "sum of three": lambda layer, x, h: (x + layer.second(h)) + layer.third(h),
     "the other sum of three": lambda layer, x, h: x + (layer.second(h) + layer.third(h)),
     "first of a tuple": lambda layer, x, h: (x + layer.second(h), h),
+    "run before": lambda layer, x, h: x + layer.second(torch.tanh(layer.second(h))),
 }
 NEEDED = {
     "no sum": lambda layer, x, h: layer.second(h),
@@ -100,7 +144,6 @@ NEEDED = {
     "scaled": lambda layer, x, h: x + 0.5 * layer.second(h),
     "twice": lambda layer, x, h: (lambda out: out + torch.tanh(out))(layer.second(h)),
     "added to itself": lambda layer, x, h: (lambda out: out + out)(layer.second(h)),
-    "run before": lambda layer, x, h: x + layer.second(torch.tanh(layer.second(h))),
     "read by its value": lambda layer, x, h: (lambda out: x + out + x * out.detach().norm())(layer.second(h)),
     "looked at": lambda layer, x, h: (lambda out: x + (out if out.isfinite().all() else 0 * out))(layer.second(h)),
     "a sum looked at": lambda layer, x, h: (lambda out: out + x * out.detach().norm())(x + layer.second(h)),
@@ -122,7 +165,7 @@ def test_only_what_is_added_and_nothing_else_is_left_out(ends, bias, dtype, wort
     recomputed = Again(layer)
     for _ in range(3):
         assert_same(gradients(recomputed, layer, x, upward), whole)
-    assert ends in EITHER or (recomputed.left_out is not None) == (ends in LEFT_OUT)
+    assert ends in EITHER or (recomputed.last is not None) == (ends in LEFT_OUT)
     assert not any(module._forward_hooks or "forward" in module.__dict__ for module in layer.modules())
 
 
@@ -168,7 +211,7 @@ def test_a_hook_sees_the_whole_output(hooked, worthless):
     assert torch.equal(seen[-1], expected.detach())
     # And without it, on as before.
     recomputed(x, NO_CALL)
-    assert recomputed.left_out is layer.second
+    assert recomputed.last == 1
 
 
 def test_a_layer_that_goes_another_way_later_is_run_whole(worthless):
@@ -198,7 +241,7 @@ def test_a_module_that_changes_later_is_run_whole(worthless):
     assert_same(gradients(recomputed, layer, x, upward), whole)
 
 
-def test_one_module_under_two_names_is_run_whole(worthless):
+def test_one_module_under_two_names(worthless):
     layer = Layer(lambda layer, x, h: x + layer.third(torch.tanh(layer.second(h))))
     layer.third = layer.second
     x, upward = torch.randn(2, 8, 32), torch.randn(2, 8, 32)
@@ -206,14 +249,14 @@ def test_one_module_under_two_names_is_run_whole(worthless):
     recomputed = Again(layer)
     for _ in range(2):
         assert_same(gradients(recomputed, layer, x, upward), whole)
-    assert recomputed.left_out is None
+    assert recomputed.last == 2
 
 
 def test_where_random_numbers_are_drawn_all_of_it_is_run():
     layer = Layer(LEFT_OUT["sum"])
     recomputed = Again(layer, whole=True)
     recomputed(torch.randn(2, 8, 32).requires_grad_(), NO_CALL)
-    assert recomputed.left_out is None
+    assert recomputed.last is None
 
 
 def test_a_module_that_does_more_than_its_class_is_run_whole():
@@ -230,4 +273,4 @@ def test_a_module_that_does_more_than_its_class_is_run_whole():
             layer.second.forward = lambda x, plain=plain: 2.0 * plain(x)
         recomputed = Again(layer)
         recomputed(torch.randn(2, 8, 32).requires_grad_(), NO_CALL)
-        assert recomputed.left_out is None
+        assert recomputed.last is None

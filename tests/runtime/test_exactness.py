@@ -54,7 +54,9 @@ KNOBS = {
     "inputs on NVMe": {"activations": Activations(nvme=3)},
     "kept activations": {"recompute": Recompute(keep=2)},
     "offloaded activations": {"recompute": Recompute(offload=2)},
-    "all three": {"recompute": Recompute(keep=1, offload=1), "activations": Activations(gpu=1)},
+    "sums in the middle": {"recompute": Recompute(middle=2)},
+    "sums in the middle, inputs on the GPU": {"recompute": Recompute(middle=3), "activations": Activations(gpu=2)},
+    "all three": {"recompute": Recompute(keep=1, offload=1, middle=1), "activations": Activations(gpu=1)},
 }
 
 

@@ -58,7 +58,8 @@ def test_residents_nvme_and_kept_activations_by_hand():
         optimizer_nvme=6,
         weights_nvme=2,
         activations=Activations(gpu=5, nvme=7),
-        recompute=Recompute(keep=1, offload=2),
+        # Of 22 layers, evenly: the two nearest the last have their input on the GPU.
+        recompute=Recompute(keep=1, offload=2, middle=11),
         chunk_bytes=64 * MIB,
     )
     hidden = 2 * 4096 * 1024
@@ -72,6 +73,9 @@ def test_residents_nvme_and_kept_activations_by_hand():
         "saved inputs": ("gpu", 5 * 2, hidden),
         "saved inputs (RAM)": ("ram", 20 * 2, hidden),
         "saved inputs (NVMe)": ("nvme", 7 * 2, hidden),
+        "middles": ("gpu", 2, hidden),
+        "saved middles": ("gpu", 1 * 2, hidden),
+        "saved middles (RAM)": ("ram", 10 * 2, hidden),
         "kept activations": ("gpu", 1 * 2, inner),
         "inner activations (RAM)": ("ram", 2 * 2, inner),
         "optimizer state": ("ram", 1, 10 * (LLAMA.params - (3 + 6) * LAYER)),

@@ -88,7 +88,8 @@ def test_link_bytes_are_what_model_and_plan_imply(drawn):
     hidden, times = model.hidden_bytes(plan.micro_batch, plan.seq_len), plan.accumulation
     tokens = plan.micro_batch * plan.seq_len
     weights = sum(2 * unit.params * n for unit, n in zip(model.layers, crossings(model, plan), strict=True))
-    moved_inputs = sum(place.saved_input != "gpu" for place in places) * times * hidden
+    # With the sum in a layer's middle, where that is saved too.
+    moved_inputs = sum(1 + place.middle for place in places if place.saved_input != "gpu") * times * hidden
     inner = (
         times
         * tokens
@@ -141,13 +142,17 @@ def test_every_parameter_is_updated_exactly_once_and_where_it_lives(drawn):
 def test_flops_are_what_model_and_plan_imply(drawn):
     model, plan = drawn
     schedule = build(model, plan)
-    again = {i + 1 for i, p in enumerate(place_layers(plan, len(model.layers))) if p.inner == "recompute"}
+    places = place_layers(plan, len(model.layers))
+    again = {i + 1 for i, p in enumerate(places) if p.inner == "recompute"}
+    with_middle = {i + 1 for i, p in enumerate(places) if p.middle}
     for unit in model.units:
         forward, backward, recompute = (
             plan.accumulation * flops(plan.micro_batch, plan.seq_len)
             for flops in (unit.forward_flops, unit.backward_flops, unit.recompute_flops)
         )
         assert 0.5 * forward <= recompute <= forward
+        if unit.index in with_middle:
+            recompute -= 2.0 * unit.middle_elements * plan.tokens
         expected = forward + backward + recompute * (unit.index in again)
         assert total(schedule, "flops", unit=unit.index) == pytest.approx(expected)
     assert schedule.total("flops") == schedule.total("flops", GPU)
@@ -279,6 +284,9 @@ def test_every_task_that_computes_finds_its_inputs(drawn):
                 assert all(orders.before(a, b) for a, b in pairwise(path))
             if place.inner == "offload":
                 path = [ops["forward", i][m], ops["save inner", i][m], ops["load inner", i][m], task]
+                assert all(orders.before(a, b) for a, b in pairwise(path))
+            if place.middle and place.saved_input != "gpu":
+                path = [ops["forward", i][m], ops["save middle", i][m], ops["load middle", i][m], start]
                 assert all(orders.before(a, b) for a, b in pairwise(path))
         before = ops["backward", i]
     for m, task in enumerate(ops["store rows", 0]):

@@ -49,6 +49,11 @@ FAULTS = {
     ),
     "negative keep": ({"recompute": Recompute(keep=-1)}, "recompute.keep must be at least 0"),
     "negative offload": ({"recompute": Recompute(offload=-1)}, "recompute.offload must be at least 0"),
+    "negative middle": ({"recompute": Recompute(middle=-1)}, "recompute.middle must be at least 0"),
+    "more sums saved than layers recompute": (
+        {"recompute": Recompute(keep=2, middle=4), "activations": Activations(nvme=1)},
+        "recompute.middle (4) exceeds the 3 layers that recompute and whose input is not on NVMe",
+    ),
     "more layers kept than there are": (
         {"recompute": Recompute(keep=5, offload=2)},
         "recompute names 7 layers, the model has 6",
@@ -98,6 +103,13 @@ def test_every_limited_knob_has_a_fault_here():
     assert set(knobs(GOOD)) - named == {"model", "update", "version"}
 
 
+@pytest.mark.parametrize("kind", ["mixed attention", "learned positions"])
+def test_layers_without_a_sum_in_their_middle_cannot_save_it(kind):
+    model = small_model(kind)
+    (found,) = problems(Plan(model=model.name, recompute=Recompute(middle=1)), model)
+    assert found.startswith("recompute.middle must be 0")
+
+
 def test_all_faults_are_named_at_once():
     plan = dataclasses.replace(GOOD, window=0, clip_norm=-1.0, resident_layers=9)
     with pytest.raises(SlidetuneError) as refused:
@@ -135,7 +147,7 @@ def test_knobs_are_flat_and_complete():
     flat = knobs(dataclasses.replace(GOOD, recompute=Recompute(keep=2)))
     assert flat["recompute.keep"] == 2
     assert flat["window"] == GOOD.window
-    nested = {"activations": 2, "recompute": 2}
+    nested = {"activations": 2, "recompute": 3}
     assert len(flat) == sum(nested.get(field.name, 1) for field in dataclasses.fields(Plan))
 
 
@@ -199,6 +211,8 @@ def test_every_knob_counts_the_layers_it_names(drawn):
     assert sum(p.saved_input == "nvme" for p in places) == plan.activations.nvme
     assert sum(p.inner == "keep" for p in places) == plan.recompute.keep
     assert sum(p.inner == "offload" for p in places) == plan.recompute.offload
+    assert sum(p.middle for p in places) == plan.recompute.middle
+    assert all(p.inner == "recompute" and p.saved_input != "nvme" for p in places if p.middle)
     for place in places:
         # Weights on NVMe have their state there; what is resident is so whole, and nothing else's state is.
         assert place.weights != "nvme" or place.optimizer == "nvme"
