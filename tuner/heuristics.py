@@ -19,8 +19,14 @@ _ACCUMULATION = (1, 4, 16)
 _TIERS = ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0), (1.0, 0.5), (1.0, 1.0))
 # What a byte more of a tier costs, roughly, against one of RAM.
 _PRICES = {"gpu": 10.0, "ram": 1.0, "nvme": 0.1}
-# What spare GPU memory may be given to, most useful first.
-_FILLERS = ("resident_layers", "recompute.keep", "resident_weights", "activations.gpu")
+# What spare memory may be given to, most useful first. Sums in the middle take RAM alone.
+_FILLERS = (
+    ("resident_layers",),
+    ("recompute.keep",),
+    ("recompute.middle", "recompute.keep"),
+    ("resident_weights",),
+    ("activations.gpu",),
+)
 
 
 def starting_points(space: Space, evaluator: Evaluator) -> Iterator[Point]:
@@ -120,15 +126,15 @@ def _placed(space: Space, evaluator: Evaluator, choices: dict) -> Point | None:
 
 
 def _filled(space: Space, evaluator: Evaluator, point: Point) -> Iterator[Point]:
-    """The point with as much GPU memory as fits given to each use in turn."""
+    """The point with as much memory as fits given to each use, or to one after the other, in turn."""
     names = [axis.name for axis in space.axes]
-    for name in _FILLERS:
-        i = names.index(name)
-        best = None
-        for value in range(point[i] + 1, len(space.axes[i].values)):
-            candidate = (*point[:i], value, *point[i + 1 :])
-            if not evaluator.fits(space.plan(candidate)):
-                break
-            best = candidate
-        if best is not None:
-            yield best
+    for uses in _FILLERS:
+        filled = point
+        for i in map(names.index, uses):
+            for value in range(point[i] + 1, len(space.axes[i].values)):
+                candidate = (*filled[:i], value, *filled[i + 1 :])
+                if not evaluator.fits(space.plan(candidate)):
+                    break
+                filled = candidate
+        if filled != point:
+            yield filled

@@ -10,6 +10,7 @@ from slidetune.model import ModelSpec
 from slidetune.plans import Activations, Plan, Recompute, knobs, problems
 from slidetune.tuner.space import Space
 
+_SLOTS = ("prefetch", "spare_slots")
 _COUNTS = ("resident_layers", "resident_weights", "late_updates")
 # Axes whose values are shares of the layers.
 _SHARES = (*_COUNTS, "recompute.keep", "recompute.middle", "activations.gpu")
@@ -17,29 +18,35 @@ _SHARES = (*_COUNTS, "recompute.keep", "recompute.middle", "activations.gpu")
 
 def refined(plan: Plan, space: Space, model: ModelSpec) -> list[Plan]:
     """Valid plans with some layers more or fewer of a kind; and, since GPU memory is what they compete for, more layers
-    kept in place of resident ones and of inputs on the GPU. Of what the space leaves open alone."""
+    kept in place of resident ones, of inputs on the GPU and of slots for weights. Of what the space leaves open
+    alone."""
     most = {a.name: round(max(a.values) * space.layers) for a in space.axes if len(a.values) > 1 and a.name in _SHARES}
+    if {axis.name: 1 in axis.values for axis in space.axes if axis.name in _SLOTS} == dict.fromkeys(_SLOTS, True):
+        most |= {"window": plan.window, "prefetch": plan.prefetch}
     now = knobs(plan)
 
     def within(other: Plan) -> bool:
         changed = {name: value for name, value in knobs(other).items() if value != now[name]}
         return all(0 <= value <= most.get(name, -1) for name, value in changed.items()) and not problems(other, model)
 
-    return [p for p in dict.fromkeys((*_single(plan), *_for_keeping(plan))) if p != plan and within(p)]
+    return [p for p in dict.fromkeys((*_single(plan, space.layers), *_for_keeping(plan))) if p != plan and within(p)]
 
 
-def _single(plan: Plan) -> Iterator[Plan]:
+def _single(plan: Plan, layers: int) -> Iterator[Plan]:
     for knob, step in itertools.product(_COUNTS, (1, -1, 2, -2)):
         yield dataclasses.replace(plan, **{knob: getattr(plan, knob) + step})
     yield _keeping(plan, plan.recompute.keep - 1)
-    for step in (1, -1, 3, -3):
-        middle = plan.recompute.middle + step
+    most = layers - plan.recompute.keep - plan.recompute.offload - plan.activations.nvme
+    for middle in (plan.recompute.middle + 1, plan.recompute.middle - 1, most):
         yield dataclasses.replace(plan, recompute=dataclasses.replace(plan.recompute, middle=middle))
 
 
 def _for_keeping(plan: Plan) -> Iterator[Plan]:
-    for more, fewer, on_gpu in itertools.product((1, 2, 3), (0, 1, 2), sorted({plan.activations.gpu, 0})):
-        kept = _keeping(plan, plan.recompute.keep + more)
+    narrow = dataclasses.replace(plan, window=min(plan.window, 2), prefetch=min(plan.prefetch, 1))
+    for wide, more, fewer, on_gpu in itertools.product(
+        dict.fromkeys((plan, narrow)), (1, 2, 3), (0, 1, 2), sorted({plan.activations.gpu, 0})
+    ):
+        kept = _keeping(wide, plan.recompute.keep + more)
         activations = Activations(gpu=on_gpu, nvme=plan.activations.nvme)
         yield dataclasses.replace(kept, resident_layers=plan.resident_layers - fewer, activations=activations)
 
