@@ -3,8 +3,9 @@
 Most layers end with a sum of the residual and their last product, and the gradient of a sum needs neither of its terms.
 Of a gated MLP that product is a quarter of a layer's matrix work. Attention's last product, too, is only added: to the
 layer's input. Where the forward pass has saved that sum, the one in the layer's middle, it need not be made again.
-Autograd builds its graph as ever, only the products and sums themselves are not computed: so gradients are, bit for
-bit, those of the whole pass.
+And what the forward pass has kept of the products between the two, gate and up, is taken as it is. Autograd builds its
+graph as ever, only the products and sums themselves are not computed: so gradients are, bit for bit, those of the
+whole pass.
 
 The first pass is whole and shows what becomes of each product; only if all of that is sums is it left out. Each later
 pass is checked by autograd's graph again, and made whole if it went another way.
@@ -13,7 +14,7 @@ pass is checked by autograd's graph again, and made whole if it went another way
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,24 +46,31 @@ class Again:
         """The one that is only added to the layer's input."""
         self._looked = whole
 
-    def __call__(self, x: Tensor, call: Call, middle: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, call: Call, middle: Tensor | None = None, products: Sequence[Tensor] = ()) -> Tensor:
         """The layer's output for autograd to go back from; its contents mean nothing. Gradients must be enabled.
 
-        `middle`: the sum of the layer's input and attention as the forward pass made it, shaped as `x`; must stay as
-        it is until the backward pass has ended.
+        What the forward pass has saved must be as it was until the backward pass has ended. `middle`: the sum of the
+        layer's input and attention, shaped as `x`. `products`: those between that sum and the last, in their order.
+        Raises SlidetuneError if the layer has no such sum or products.
         """
         # Whoever has hooked something sees it whole.
         if has_hooks(self.layer) or _has_global_hooks():
             return layer_output(self.layer, x, call)
         if not self._looked:
             self._looked = True
-            return self._look(x, call)
+            out = self._look(x, call)
+            if (middle is not None or products) and self.middle is None:
+                raise _no_middle(self.layer)
+            if products and self.last != self.middle + 1 + len(products):
+                raise _no_products(self.layer)
+            return out
         left_out = {} if self.last is None else {self.last: None}
         if middle is not None and self.middle is not None:
             left_out[self.middle] = middle
         if not left_out:
             return layer_output(self.layer, x, call)
-        with _Without(left_out, x) as without:
+        known = {} if self.middle is None else dict(enumerate(products, self.middle + 1))
+        with _Without(left_out, known, x) as without:
             out = layer_output(self.layer, x, call)
         if without.went_the_same_way(out):
             return out
@@ -82,19 +90,35 @@ class Again:
         return out
 
 
-def saving_middle(layer: nn.Module, x: Tensor, call: Call, place: Tensor) -> Tensor:
-    """The layer's output without gradients; the sum of its input and attention is left in `place`, shaped as `x`.
+def saving(
+    layer: nn.Module, x: Tensor, call: Call, *, middle: Tensor | None = None, products: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """The layer's output without gradients, and what is saved for its recomputation.
 
-    Raises SlidetuneError if the layer adds no linear product to its input.
+    The sum of its input and attention is left in `middle`, shaped as `x`; with `products`, those between that sum and
+    the last product are returned. Raises SlidetuneError if the layer has no such sum or products.
     """
-    with _Saving(x, place) as saving:
+    with _Saving(x, middle, keeps=products) as ran:
         out = layer_output(layer, x, call)
-    if not saving.done:
-        raise SlidetuneError(
-            f"{type(layer).__name__} has no sum of its input and attention alone to save.",
-            "In the plan, set recompute.middle to 0.",
-        )
-    return out
+    if not ran.has_middle:
+        raise _no_middle(layer)
+    if products and not ran.has_products:
+        raise _no_products(layer)
+    return out, ran.kept[:-1]
+
+
+def _no_middle(layer: nn.Module) -> SlidetuneError:
+    return SlidetuneError(
+        f"{type(layer).__name__} has no sum of its input and attention alone to save.",
+        "In the plan, set recompute.middle and recompute.products to 0.",
+    )
+
+
+def _no_products(layer: nn.Module) -> SlidetuneError:
+    return SlidetuneError(
+        f"{type(layer).__name__} has no products between attention and its last one that could be kept.",
+        "In the plan, set recompute.products to 0.",
+    )
 
 
 def layer_output(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
@@ -188,35 +212,53 @@ class _Products(TorchFunctionMode):
 
 
 class _Saving(_Products):
-    """Leaves the sum of the layer's input and a product in `place`."""
+    """Leaves the sum of the layer's input and a product in `to`, if given, and keeps all products after it."""
 
-    def __init__(self, x: Tensor, place: Tensor) -> None:
+    def __init__(self, x: Tensor, to: Tensor | None, *, keeps: bool) -> None:
         super().__init__(x)
-        self.place = place
+        self.to, self.keeps = to, keeps
+        self.kept: list[Tensor] = []
+        self._versions: list[int] = []
+
+    def multiply(self, place: int, args: tuple, kwargs: dict) -> Tensor:
+        out = super().multiply(place, args, kwargs)
+        if self.keeps and self.middle is not None:
+            self.kept.append(out)
+            self._versions.append(out._version)
+        return out
 
     def add(self, func: Any, terms: tuple, places: list[int]) -> Tensor:
         if self.middle not in places or self.products[self.middle].sum is not None:
             return super().add(func, terms, places)
-        torch.add(*terms, out=self.place)
-        return self.products[self.middle].give(self.place.data)
+        product = self.products[self.middle]
+        if self.to is None:
+            return product.give(super().add(func, terms, places))
+        torch.add(*terms, out=self.to)
+        return product.give(self.to.data)
 
     @property
-    def done(self) -> bool:
+    def has_middle(self) -> bool:
         return self.middle is not None and self.products[self.middle].as_given()
+
+    @property
+    def has_products(self) -> bool:
+        """Whether there are any but the last, and nobody has written to them."""
+        return len(self.kept) > 1 and [one._version for one in self.kept] == self._versions
 
 
 class _Without(_Products):
     """Some products and their sums are not computed: their outputs have their shape and their place in autograd's
-    graph. `sums`: by product, what the sum of it and the layer's input is, or None where nobody will read it."""
+    graph. `sums`: by product, what the sum of it and the layer's input is, or None where nobody will read it. `known`:
+    products that are known themselves."""
 
-    def __init__(self, sums: Mapping[int, Tensor | None], x: Tensor) -> None:
+    def __init__(self, sums: Mapping[int, Tensor | None], known: Mapping[int, Tensor], x: Tensor) -> None:
         super().__init__(x)
-        self.sums = sums
+        self.sums, self.known = sums, known
 
     def multiply(self, place: int, args: tuple, kwargs: dict) -> Tensor:
-        if place not in self.sums:
+        if place not in self.sums and place not in self.known:
             return super().multiply(place, args, kwargs)
-        with _LeftOut():
+        with _LeftOut(self.known.get(place)):
             return super().multiply(place, args, kwargs)
 
     def add(self, func: Any, terms: tuple, places: list[int]) -> Tensor:
@@ -265,9 +307,7 @@ def _takes(arguments: Any, value: Tensor | None) -> bool:
         return False
     if isinstance(arguments, dict):
         arguments = arguments.values()
-    return any(
-        one is value or (isinstance(one, list | tuple | dict) and _takes(one, value)) for one in arguments
-    )
+    return any(one is value or (isinstance(one, list | tuple | dict) and _takes(one, value)) for one in arguments)
 
 
 def _only_in_sum(out: Tensor, product: Any) -> bool:
@@ -305,11 +345,16 @@ def _graph(start: Any) -> Iterator[Any]:
 
 
 class _LeftOut(TorchDispatchMode):
-    """Products inside are memory as it comes."""
+    """Products inside are what is known of them, or memory as it comes."""
+
+    def __init__(self, known: Tensor | None = None) -> None:
+        super().__init__()
+        self.known = known
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         places = _PRODUCTS.get(func)
         if places is None:
             return func(*args, **(kwargs or {}))
         left, right = (args[place] for place in places)
-        return left.new_empty(left.shape[0], right.shape[1])
+        shape = left.shape[0], right.shape[1]
+        return left.new_empty(shape) if self.known is None else self.known.data.view(shape)

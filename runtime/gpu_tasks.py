@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from slidetune.plans import Placement
-from slidetune.runtime.again import Again, layer_output, saving_middle
+from slidetune.runtime.again import Again, layer_output, saving
 from slidetune.runtime.captured import Inputs
 from slidetune.runtime.clipping import add_squares
 from slidetune.runtime.head_loss import chunked_loss, chunked_loss_alone, loss_alone
@@ -35,6 +35,15 @@ def forward(walk: Walk, index: int, task: Task) -> Operation:
     middle = walk.slot(index, "saved middles") if middle is None else middle
     if middle is not None:
         walk.middles[i, m] = middle
+    as_ever = middle is None and not place.products
+
+    def _saving(step: Step, x: Tensor, inputs: Inputs) -> Tensor:
+        to = None if middle is None else as_hidden(middle, x.shape[:2], walk.spec.hidden_size)
+        layer = walk.machine.parts.layers[i]
+        out, step.products[i, m] = saving(layer, x, inputs.calls[i], middle=to, products=place.products)
+        if passes.recording:
+            passes.keep(step.products[i, m])
+        return out
 
     def body(step: Step, inputs: Inputs) -> None:
         shape = step.micro_batches[m].shape
@@ -42,7 +51,7 @@ def forward(walk: Walk, index: int, task: Task) -> Operation:
         x = as_hidden(source, shape, walk.spec.hidden_size)
         if place.inner == "recompute":
             with torch.no_grad():
-                out = _layer(walk, step, i, m, x, inputs, middle)
+                out = _layer(walk, step, i, m, x, inputs) if as_ever else _saving(step, x, inputs)
         else:
             x.requires_grad_()
             collecting = contextlib.nullcontext() if inner is None else inner.collecting(inputs.shared, x, weights)
@@ -72,15 +81,9 @@ def stays_as_it_is(place: Placement) -> bool:
     return place.inner == "keep" and place.weights == "gpu" and place.saved_input == "gpu"
 
 
-def _layer(
-    walk: Walk, step: Step, i: int, m: int, x: Tensor, inputs: Inputs, middle: Tensor | None = None
-) -> Tensor:
-    """A layer's output; `middle` gets the sum in its middle."""
-    layer, call = walk.machine.parts.layers[i], inputs.calls[i]
+def _layer(walk: Walk, step: Step, i: int, m: int, x: Tensor, inputs: Inputs) -> Tensor:
     with walk.randomly(step, i + 1, m):
-        if middle is None:
-            return layer_output(layer, x, call)
-        return saving_middle(layer, x, call, as_hidden(middle, x.shape[:2], walk.spec.hidden_size))
+        return layer_output(walk.machine.parts.layers[i], x, inputs.calls[i])
 
 
 def recompute(walk: Walk, index: int, task: Task) -> Operation:
@@ -96,7 +99,8 @@ def recompute(walk: Walk, index: int, task: Task) -> Operation:
         x = as_hidden(source, shape, width).requires_grad_()
         known = None if middle is None else as_hidden(middle, shape, width)
         with torch.enable_grad(), walk.randomly(step, task.unit, m):
-            step.graphs[i, m] = (x, get_gradient_edge(again(x, inputs.calls[i], known)))
+            out = again(x, inputs.calls[i], known, step.products.pop((i, m), ()))
+            step.graphs[i, m] = (x, get_gradient_edge(out))
 
     return walk.machine.passes.bind(m, body)
 

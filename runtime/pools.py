@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from slidetune.buffers import KEPT, WORKSPACES
+from slidetune.buffers import KEPT, PRODUCTS, WORKSPACES
 from slidetune.runtime.arena import Arena
 from slidetune.runtime.nvme import ALIGNMENT
 from slidetune.schedule import Schedule
@@ -19,7 +19,7 @@ from slidetune.schedule import Schedule
 # Slots start at multiples of this many bytes: what vector loads and matrix kernels want.
 GPU_ALIGNMENT = 512
 # Pools whose tensors autograd makes.
-AUTOGRADS = (KEPT, "activations in transit")
+AUTOGRADS = (KEPT, PRODUCTS, "activations in transit")
 # Slots that O_DIRECT reads and writes, with room for the pieces in one slot to be aligned each.
 _DIRECT = ("state staging", "weight staging", "input staging")
 _DIRECT_PIECES = 4

@@ -71,6 +71,8 @@ class Step:
     row_gradients: RowGradients | None = None
     graphs: dict[tuple[int, int], Any] = field(default_factory=dict)
     """What autograd keeps, by layer and micro-batch."""
+    products: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    """What is kept of the products that MLPs begin with, by layer and micro-batch."""
     compact_rows: list[Tensor] = field(default_factory=list)
     prepared: Any = None
     """CUDA event after which masks and labels are on the device."""

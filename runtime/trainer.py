@@ -152,10 +152,11 @@ class SlidingTrainer:
         self.parts = Parts(model, whole)
         model.train()
         self._draws = draws_random_numbers(model)
-        if plan.recompute.middle and self._draws:
+        if self._draws and (plan.recompute.middle or plan.recompute.products):
             raise SlidetuneError(
-                "recompute.middle can't be honoured in a model with dropout: recomputation has to make all of a layer.",
-                "Set recompute.middle to 0, or the model's dropout.",
+                "recompute.middle and recompute.products can't be honoured in a model with dropout: recomputation has "
+                "to make all of a layer.",
+                "Set them to 0, or the model's dropout.",
             )
         units = unit_layouts(self.parts, rule or decay_where_it_belongs(optimizer or AdamW()))
         _check_rates(units)

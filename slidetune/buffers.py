@@ -28,6 +28,8 @@ GRADIENT_SLOTS = 2
 WORKSPACES, WORKSPACE_BYTES = "workspaces", 96 * 2**20
 # What autograd keeps of a layer from its forward to its backward pass, as far as it stays on the GPU.
 KEPT = "kept activations"
+# Of the products that an MLP begins with alone, where the rest is recomputed.
+PRODUCTS = "kept products"
 # Optimizer state between NVMe and Adam: read ahead, updated, written back, and one to spare.
 STATE_STAGING_SLOTS = 4
 
@@ -48,6 +50,7 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
     micro_batches = plan.accumulation
     hidden = model.hidden_bytes(plan.micro_batch, plan.seq_len)
     inner = max(u.kernels(kernels).saved_bytes for u in model.layers) * plan.micro_batch * plan.seq_len
+    products = max(u.product_bytes(plan.micro_batch, plan.seq_len) for u in model.layers)
     largest = max(u.params for u in model.layers)
     chunk = max(1, min(chunk_params(plan), max(largest, model.head_gradient_elements)))
     vocab = model.embedding.params + model.head.params
@@ -72,6 +75,7 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("middles", LOAD_SLOTS if middles["ram"] else 0, hidden),
         ("saved middles", middles["gpu"] * micro_batches, hidden),
         (KEPT, plan.recompute.keep * micro_batches, inner),
+        (PRODUCTS, plan.recompute.products * micro_batches, products),
         ("activations in transit", LOAD_SLOTS if plan.recompute.offload else 0, inner),
         ("resident layers", 1, STATE_BYTES_PER_PARAM * held.resident + BF16_BYTES * held.resident_frozen),
         ("resident weights", 1, BF16_BYTES * held.staying),
@@ -104,7 +108,7 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
         ("saved inputs (NVMe)", plan.activations.nvme * micro_batches, hidden),
     ]
     # Memory that replays write to is theirs for good.
-    transient = () if captured(plan, model) else (KEPT,)
+    transient = () if captured(plan, model) else (KEPT, PRODUCTS)
     return [
         Pool(name=name, tier=tier, slots=slots, slot_bytes=slot_bytes, page_locked=locked, transient=name in transient)
         for tier, locked, rows in (
@@ -118,24 +122,32 @@ def pools(model: ModelSpec, plan: Plan, kernels: str = "eager") -> list[Pool]:
     ]
 
 
-def forward_working_bytes(unit: Unit, plan: Plan, kernels: str, *, kept: bool) -> int:
+def forward_working_bytes(unit: Unit, plan: Plan, kernels: str, *, kept: bool, products: bool = False) -> int:
     """GPU memory a layer's forward pass of one micro-batch needs beside its pools. Where its inner activations are
-    kept, or offloaded, they have a pool: no more is needed beside it than by the backward pass."""
+    kept, or offloaded, they have a pool: no more is needed beside it than by the backward pass. So have its MLP's
+    first products, where those are kept alone."""
     costs = unit.kernels(kernels)
-    return (costs.backward_bytes if kept else costs.forward_bytes) * plan.micro_batch * plan.seq_len
+    working = (costs.backward_bytes if kept else costs.forward_bytes) * plan.micro_batch * plan.seq_len
+    return max(0, working - _products_held(unit, plan, products))
 
 
-def recompute_working_bytes(unit: Unit, plan: Plan, kernels: str) -> int:
+def recompute_working_bytes(unit: Unit, plan: Plan, kernels: str, *, products: bool = False) -> int:
     """The same where autograd keeps what the backward pass will need."""
-    return unit.kernels(kernels).saved_bytes * plan.micro_batch * plan.seq_len
+    saved = unit.kernels(kernels).saved_bytes * plan.micro_batch * plan.seq_len
+    return saved - _products_held(unit, plan, products)
 
 
-def backward_working_bytes(unit: Unit, plan: Plan, kernels: str, *, recomputed: bool) -> int:
+def backward_working_bytes(unit: Unit, plan: Plan, kernels: str, *, recomputed: bool, products: bool = False) -> int:
     """The same of a layer's backward pass: inner gradients, one weight's gradient on its way to the
     accumulator, and what was recomputed."""
-    costs = unit.kernels(kernels)
-    per_token = costs.backward_bytes + (costs.saved_bytes if recomputed else 0)
-    return per_token * plan.micro_batch * plan.seq_len + BF16_BYTES * unit.largest_tensor
+    working = unit.kernels(kernels).backward_bytes * plan.micro_batch * plan.seq_len
+    if recomputed:
+        working += recompute_working_bytes(unit, plan, kernels, products=products)
+    return working + BF16_BYTES * unit.largest_tensor
+
+
+def _products_held(unit: Unit, plan: Plan, products: bool) -> int:
+    return unit.product_bytes(plan.micro_batch, plan.seq_len) if products else 0
 
 
 def head_working_bytes(model: ModelSpec, plan: Plan, kernels: str) -> int:
@@ -160,38 +172,39 @@ def working_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> int:
     return max(_working_sets(model, plan, kernels))
 
 
-def _working_sets(model: ModelSpec, plan: Plan, kernels: str) -> tuple[int, int]:
-    """The largest working sets: of tasks beside which kept activations lie, and of layers that recompute: those come
-    before the others in the forward pass, and in the backward pass when what was kept is used up."""
+def _working_sets(model: ModelSpec, plan: Plan, kernels: str) -> tuple[int, int, int]:
+    """The largest working sets: of tasks beside which kept activations lie; of layers that keep products and recompute
+    the rest; and of those that recompute all. The last come first in the forward pass, and in the backward pass when
+    what was kept is used up."""
     recomputing = len(model.layers) - plan.recompute.keep - plan.recompute.offload
     # Layers of one kind share a figure; a dictionary keeps the arithmetic short for deep models.
     kinds = {
-        (id(u.kernels(kernels)), u.largest_tensor, i < recomputing): (u, i < recomputing)
+        (id(u.kernels(kernels)), u.largest_tensor, which): (u, which)
         for i, u in enumerate(model.layers)
+        for which in [(i < recomputing) + (i < recomputing - plan.recompute.products)]
     }
-    beside = [
-        head_working_bytes(model, plan, kernels),
-        *(forward_working_bytes(u, plan, kernels, kept=True) for u, again in kinds.values() if not again),
-        *(backward_working_bytes(u, plan, kernels, recomputed=False) for u, again in kinds.values() if not again),
-    ]
-    apart = [
-        *(forward_working_bytes(u, plan, kernels, kept=False) for u, again in kinds.values() if again),
-        *(backward_working_bytes(u, plan, kernels, recomputed=True) for u, again in kinds.values() if again),
-    ]
-    return max(beside), max(apart, default=0)
+    found = [[head_working_bytes(model, plan, kernels)], [0], [0]]
+    for unit, which in kinds.values():
+        again, products = which > 0, which == 1
+        found[which] += [
+            forward_working_bytes(unit, plan, kernels, kept=not again, products=products),
+            backward_working_bytes(unit, plan, kernels, recomputed=again, products=products),
+        ]
+    beside, with_products, apart = map(max, found)
+    return beside, with_products, apart
 
 
 def peak_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> dict[str, int]:
     """What each tier must hold at most: its pools, and on the GPU working sets beside them."""
     total = {"gpu": 0, "ram": 0, "nvme": 0}
-    kept = 0
+    kept = {KEPT: 0, PRODUCTS: 0}
     for pool in pools(model, plan, kernels):
         if pool.transient:
-            kept += pool.bytes
+            kept[pool.name] = pool.bytes
         else:
             total[pool.tier] += pool.bytes
-    beside, apart = _working_sets(model, plan, kernels)
-    total["gpu"] += max(kept + beside, apart)
+    beside, with_products, apart = _working_sets(model, plan, kernels)
+    total["gpu"] += max(kept[KEPT] + kept[PRODUCTS] + beside, kept[PRODUCTS] + with_products, apart)
     return total
 
 

@@ -130,6 +130,7 @@ class _Step:
         self.loaded: dict[tuple[int, int], tuple[int, _Held]] = {}
         self.staged: dict[tuple[int, int], tuple[int, _Held]] = {}
         self.inner: dict[tuple[int, int], tuple[int, _Held | None]] = {}
+        self.products: dict[tuple[int, int], _Held] = {}
         self.middles: dict[tuple[int, int], tuple[int, _Held]] = {}
         self.gradients: dict[int, int] = {}
 
@@ -196,7 +197,9 @@ class _Step:
             flops=unit.forward_flops(plan.micro_batch, plan.seq_len),
             traffic_bytes=self._traffic(unit),
             launches=self._launches(unit),
-            working_bytes=buffers.forward_working_bytes(unit, plan, self.kernels, kept=place.inner != "recompute"),
+            working_bytes=buffers.forward_working_bytes(
+                unit, plan, self.kernels, kept=place.inner != "recompute", products=place.products
+            ),
         )
         for m in self.micro_batches:
             if m:
@@ -204,7 +207,8 @@ class _Step:
             source, held = self.inputs[i, m]
             target = self._take("saved inputs" if self._saved_on_gpu(i + 1) else "hidden states")
             inner, middle = self._take_inner(place), self._take_middle(place)
-            taken = tuple(after for slot in (target, inner, middle) if slot for after in slot[2])
+            products = self._take(buffers.PRODUCTS) if place.products else None
+            taken = tuple(after for slot in (target, inner, middle, products) if slot for after in slot[2])
             task = self._emit(work, unit.index, (source, *ready, *taken), m)
             self.inputs[i + 1, m] = (task, self._own(target, task))
             readers = (task,)
@@ -214,6 +218,8 @@ class _Step:
                 self._release(held, *readers)
             if inner:
                 self._keep_inner(i, m, task, self._own(inner, task))
+            if products:
+                self.products[i, m] = self._own(products, task)
             if middle:
                 self._save_middle(i, m, task, self._own(middle, task))
         if slot is not None and i not in self.turnaround:
@@ -270,11 +276,11 @@ class _Step:
         again = self._work(
             "recompute",
             GPU,
-            flops=unit.recompute_flops(plan.micro_batch, plan.seq_len, middle=place.middle),
+            flops=unit.recompute_flops(plan.micro_batch, plan.seq_len, middle=place.middle, products=place.products),
             # The sum isn't made: two terms not read, and it is not written.
             traffic_bytes=self._traffic(unit) - (3.0 * self.hidden_bytes if place.middle else 0.0),
             launches=self._launches(unit),
-            working_bytes=buffers.recompute_working_bytes(unit, plan, self.kernels),
+            working_bytes=buffers.recompute_working_bytes(unit, plan, self.kernels, products=place.products),
         )
         work = self._work(
             "backward",
@@ -283,7 +289,9 @@ class _Step:
             traffic_bytes=2.0 * self._traffic(unit)
             + (self.accumulating_bytes * unit.params if plan.accumulation > 1 else 0.0),
             launches=self._launches(unit, BACKWARD_LAUNCHES),
-            working_bytes=buffers.backward_working_bytes(unit, plan, self.kernels, recomputed=recomputed),
+            working_bytes=buffers.backward_working_bytes(
+                unit, plan, self.kernels, recomputed=recomputed, products=place.products
+            ),
         )
         held = None
         for m in self.micro_batches:
@@ -309,6 +317,8 @@ class _Step:
             self._release(saved, task)
             if middle:
                 self._release(middle[1], task)
+            if place.products:
+                self._release(self.products.pop((i, m)), task)
             if not recomputed and transit is not None:
                 self._release(transit, task)
         if slot is not None:

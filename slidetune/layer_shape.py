@@ -105,6 +105,16 @@ class LayerShape:
         return self.query * self.hidden
 
     @property
+    def product_elements(self) -> int:
+        """Weight elements of the products between that sum and the last product: gate and up."""
+        return self.hidden * self._up if self.middle_elements and self.left_out_elements else 0
+
+    @property
+    def product_width(self) -> int:
+        """Elements a token of what comes of them."""
+        return self._up if self.product_elements else 0
+
+    @property
     def params(self) -> int:
         """Every trainable element of the layer."""
         attention = self.attention_matmul

@@ -75,6 +75,11 @@ class Unit:
     middle_elements: int = 0
     """Those of attention's last product, where a saved sum of it and the residual can take its place: recomputation
     then leaves it out too. 0 where layers have no such sum."""
+    product_elements: int = 0
+    """Those of the products that the MLP begins with (gate and up), where what came of them can be kept and
+    recomputation goes without. 0 where layers aren't made so."""
+    product_width: int = 0
+    """Elements a token of what comes of them."""
     attention_width: int = 0
     """Query heads times head size; 0 where there is no attention."""
     attention_span: int | None = None
@@ -111,10 +116,15 @@ class Unit:
         """FLOPs of a forward pass of `sequences` sequences of `seq_len` tokens."""
         return self.matmul_flops(sequences, seq_len) + self.attention_flops(sequences, seq_len)
 
-    def recompute_flops(self, sequences: int, seq_len: int, *, middle: bool = False) -> float:
-        """FLOPs of a forward pass that only a backward pass needs. `middle`: the sum in its middle was saved."""
-        left_out = self.left_out_elements + (self.middle_elements if middle else 0)
+    def recompute_flops(self, sequences: int, seq_len: int, *, middle: bool = False, products: bool = False) -> float:
+        """FLOPs of a forward pass that only a backward pass needs. `middle`: the sum in its middle was saved;
+        `products`: those that the MLP begins with were."""
+        left_out = self.left_out_elements + self.middle_elements * middle + self.product_elements * products
         return self.forward_flops(sequences, seq_len) - 2.0 * left_out * sequences * seq_len
+
+    def product_bytes(self, sequences: int, seq_len: int) -> int:
+        """Bytes of what comes of the products that the MLP begins with, in bf16."""
+        return BF16_BYTES * self.product_width * sequences * seq_len
 
     def backward_flops(self, sequences: int, seq_len: int) -> float:
         """FLOPs of a backward pass: twice the weight products, or once for frozen weights; attention 2.5 times,

@@ -40,6 +40,9 @@ class Recompute:
     """Layers, counted from the last, that keep their inner activations on the GPU."""
     offload: int = 0
     """Layers before those that send them to RAM and bring them back."""
+    products: int = 0
+    """Layers before those that recompute, but keep on the GPU the products that their MLP begins with (gate and up):
+    most of what recomputing takes, for less than half of the memory."""
     middle: int = 0
     """Of the layers that recompute, and whose input is not on NVMe: so many, spread evenly, save the sum of their
     input and attention along with their input. The backward pass then need not make attention's last product again."""
@@ -115,6 +118,7 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
     layers = len(model.layers)
     # Not below 0: a count out of range is one fault, not one for each limit reckoned from it.
     sliding = max(0, layers - plan.resident_layers)
+    named = plan.recompute.keep + plan.recompute.offload + plan.recompute.products
     found = [
         f"{name} must be at least {least}, not {value}."
         for name, value, least in (
@@ -133,6 +137,7 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
             ("activations.nvme", plan.activations.nvme, 0),
             ("recompute.keep", plan.recompute.keep, 0),
             ("recompute.offload", plan.recompute.offload, 0),
+            ("recompute.products", plan.recompute.products, 0),
             ("recompute.middle", plan.recompute.middle, 0),
             ("chunk_bytes", plan.chunk_bytes, 4096),
             ("adam_threads", plan.adam_threads, 1),
@@ -184,13 +189,17 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
             f"activations place {plan.activations.gpu + plan.activations.nvme} layers, the model has {layers}.",
         ),
         (
-            plan.recompute.keep + plan.recompute.offload > layers,
-            f"recompute names {plan.recompute.keep + plan.recompute.offload} layers, the model has {layers}.",
+            named > layers,
+            f"recompute names {named} layers, the model has {layers}.",
         ),
         (
             plan.recompute.middle > sum(_has_middle(plan, layers)),
             f"recompute.middle ({plan.recompute.middle}) exceeds the {sum(_has_middle(plan, layers))} layers that "
             "recompute and whose input is not on NVMe.",
+        ),
+        (
+            plan.recompute.products > 0 and not all(unit.product_elements for unit in model.layers),
+            f"recompute.products must be 0: layers of {model.name} have no such products to keep by themselves.",
         ),
         (
             plan.recompute.middle > 0 and not all(unit.middle_elements for unit in model.layers),
@@ -234,6 +243,8 @@ class Placement(NamedTuple):
     """Tier of the layer's input between forward and backward; "none" where no backward pass follows."""
     inner: Literal["recompute", "keep", "offload"]
     """What happens to the inner activations."""
+    products: bool
+    """The products that the MLP begins with are kept, though the layer recomputes."""
     middle: bool
     """The sum in the layer's middle is saved with its input, so that recomputation need not make it."""
 
@@ -267,6 +278,7 @@ def place_layers(plan: Plan, layers: int) -> list[Placement]:
             optimizer="gpu" if resident[i] else "nvme" if optimizer_nvme[i] else "ram",
             saved_input="gpu" if i >= layers - plan.activations.gpu else "nvme" if i < plan.activations.nvme else "ram",
             inner="keep" if i >= last_kept else "offload" if i >= last_offloaded else "recompute",
+            products=last_offloaded - plan.recompute.products <= i < last_offloaded,
             middle=middle[i],
         )
         for i in range(layers)
@@ -275,7 +287,7 @@ def place_layers(plan: Plan, layers: int) -> list[Placement]:
 
 def kept_nothing(placements: Sequence[Placement]) -> list[Placement]:
     """The placements of a forward pass that no backward pass follows: weights where they are, nothing saved."""
-    return [place._replace(saved_input="none", inner="recompute", middle=False) for place in placements]
+    return [place._replace(saved_input="none", inner="recompute", products=False, middle=False) for place in placements]
 
 
 def late_units(plan: Plan, model: ModelSpec) -> frozenset[int]:

@@ -50,6 +50,8 @@ def _layer_figures(shape: LayerShape, draws: bool) -> dict[str, Any]:
         "matmul_elements": shape.matmul_elements,
         "left_out_elements": 0 if draws else shape.left_out_elements,
         "middle_elements": 0 if draws else shape.middle_elements,
+        "product_elements": 0 if draws else shape.product_elements,
+        "product_width": 0 if draws else shape.product_width,
         "attention_width": shape.query,
         "attention_span": shape.span,
         "eager": layer_costs(shape, fused=False),

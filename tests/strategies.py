@@ -72,6 +72,7 @@ def plans(draw: st.DrawFn, model: ModelSpec, *, nvme: bool = True, max_accumulat
     keep = up_to(layers)
     offload = up_to(layers - keep)
     inputs_on_nvme = up_to(layers - inputs_on_gpu) if nvme else 0
+    with_products = layers - keep - offload if all(u.product_elements for u in model.layers) else 0
     with_middle = layers - keep - offload - inputs_on_nvme if all(u.middle_elements for u in model.layers) else 0
     update = draw(st.sampled_from(("backward", "forward")))
     late = up_to(sliding) if update == "backward" else 0
@@ -90,7 +91,9 @@ def plans(draw: st.DrawFn, model: ModelSpec, *, nvme: bool = True, max_accumulat
         optimizer_nvme=optimizer_nvme,
         weights_nvme=weights_nvme,
         activations=Activations(gpu=inputs_on_gpu, nvme=inputs_on_nvme),
-        recompute=Recompute(keep=keep, offload=offload, middle=up_to(max(0, with_middle))),
+        recompute=Recompute(
+            keep=keep, offload=offload, products=up_to(with_products), middle=up_to(max(0, with_middle))
+        ),
         chunk_bytes=chunk_bytes,
         adam_threads=draw(st.sampled_from((1, 4, 8, 64))),
         update=update,

@@ -24,6 +24,7 @@ _FILLERS = (
     ("resident_layers",),
     ("recompute.keep",),
     ("recompute.middle", "recompute.keep"),
+    ("recompute.middle", "recompute.products"),
     ("resident_weights",),
     ("activations.gpu",),
 )

@@ -7,13 +7,13 @@ import itertools
 from collections.abc import Iterator
 
 from slidetune.model import ModelSpec
-from slidetune.plans import Activations, Plan, Recompute, knobs, problems
+from slidetune.plans import Activations, Plan, knobs, problems
 from slidetune.tuner.space import Space
 
 _SLOTS = ("prefetch", "spare_slots")
 _COUNTS = ("resident_layers", "resident_weights", "late_updates")
 # Axes whose values are shares of the layers.
-_SHARES = (*_COUNTS, "recompute.keep", "recompute.middle", "activations.gpu")
+_SHARES = (*_COUNTS, "recompute.keep", "recompute.products", "recompute.middle", "activations.gpu")
 
 
 def refined(plan: Plan, space: Space, model: ModelSpec) -> list[Plan]:
@@ -35,23 +35,32 @@ def refined(plan: Plan, space: Space, model: ModelSpec) -> list[Plan]:
 def _single(plan: Plan, layers: int) -> Iterator[Plan]:
     for knob, step in itertools.product(_COUNTS, (1, -1, 2, -2)):
         yield dataclasses.replace(plan, **{knob: getattr(plan, knob) + step})
-    yield _keeping(plan, plan.recompute.keep - 1)
+    for keep, products in ((-1, 0), (0, 1), (0, -1), (0, 2)):
+        yield _keeping(plan, keep, products)
     most = layers - plan.recompute.keep - plan.recompute.offload - plan.activations.nvme
     for middle in (plan.recompute.middle + 1, plan.recompute.middle - 1, most):
-        yield dataclasses.replace(plan, recompute=dataclasses.replace(plan.recompute, middle=middle))
+        yield _with(plan, middle=middle)
 
 
 def _for_keeping(plan: Plan) -> Iterator[Plan]:
     narrow = dataclasses.replace(plan, window=min(plan.window, 2), prefetch=min(plan.prefetch, 1))
-    for wide, more, fewer, on_gpu in itertools.product(
-        dict.fromkeys((plan, narrow)), (1, 2, 3), (0, 1, 2), sorted({plan.activations.gpu, 0})
+    # Two layers' products take about the memory of one layer's all.
+    more = ((1, 0), (2, 0), (3, 0), (0, 1), (0, 2), (0, 4), (-1, 2), (-2, 4), (-1, 3), (1, -2))
+    for wide, (keep, products), fewer, on_gpu in itertools.product(
+        dict.fromkeys((plan, narrow)), more, (0, 1, 2), sorted({plan.activations.gpu, 0})
     ):
-        kept = _keeping(wide, plan.recompute.keep + more)
+        kept = _keeping(wide, keep, products)
         activations = Activations(gpu=on_gpu, nvme=plan.activations.nvme)
         yield dataclasses.replace(kept, resident_layers=plan.resident_layers - fewer, activations=activations)
 
 
-def _keeping(plan: Plan, layers: int) -> Plan:
+def _keeping(plan: Plan, keep: int, products: int) -> Plan:
+    """With so many layers more that keep all, and so many more that keep products."""
+    now = plan.recompute
     # Where all that recompute have their middle saved, so do they afterwards.
-    middle = max(0, plan.recompute.middle - (layers - plan.recompute.keep)) if plan.recompute.middle else 0
-    return dataclasses.replace(plan, recompute=Recompute(keep=layers, offload=plan.recompute.offload, middle=middle))
+    middle = max(0, now.middle - keep) if now.middle else 0
+    return _with(plan, keep=now.keep + keep, products=now.products + products, middle=middle)
+
+
+def _with(plan: Plan, **recompute: int) -> Plan:
+    return dataclasses.replace(plan, recompute=dataclasses.replace(plan.recompute, **recompute))

@@ -79,6 +79,10 @@ def _candidates(model: ModelSpec, profile: HardwareProfile, plan: Plan) -> Itera
         (changed(recompute=dataclasses.replace(plan.recompute, keep=k)) for k in down(plan.recompute.keep)),
     )
     yield (
+        lambda p: f"recompute.products: {p.recompute.products}",
+        (changed(recompute=dataclasses.replace(plan.recompute, products=n)) for n in down(plan.recompute.products)),
+    )
+    yield (
         lambda p: f"recompute.middle: {p.recompute.middle}",
         (changed(recompute=dataclasses.replace(plan.recompute, middle=n)) for n in down(plan.recompute.middle)),
     )

@@ -58,6 +58,7 @@ class Space:
         inputs_gpu = round(v["activations.gpu"] * layers)
         keep = round(v["recompute.keep"] * layers)
         offload = round(v["recompute.offload"] * (layers - keep))
+        products = round(v["recompute.products"] * (layers - keep - offload))
         inputs_nvme = round(v["activations.nvme"] * (layers - inputs_gpu))
         middle = round(v["recompute.middle"] * max(0, layers - keep - offload - inputs_nvme))
         late = round(v["late_updates"] * sliding) if v["update"] == "backward" else 0
@@ -74,7 +75,7 @@ class Space:
             optimizer_nvme=optimizer_nvme,
             weights_nvme=weights_nvme,
             activations=Activations(gpu=inputs_gpu, nvme=inputs_nvme),
-            recompute=Recompute(keep=keep, offload=offload, middle=middle),
+            recompute=Recompute(keep=keep, offload=offload, products=products, middle=middle),
             chunk_bytes=v["chunk_bytes"],
             adam_threads=v["adam_threads"],
             update=v["update"],
@@ -139,6 +140,8 @@ def full_space(model: ModelSpec, profile: HardwareProfile, base: Plan, batch: in
             Axis("micro_batch", tuple(n for n in _SEQUENCES if n <= min(64, most))),
             Axis("accumulation", tuple(n for n in _SEQUENCES if n <= min(32, most))),
         )
+    with_middle = all(unit.middle_elements for unit in model.layers)
+    with_products = all(unit.product_elements for unit in model.layers)
     updates = ("forward",) if base.clip_norm is not None else ("backward", "forward")
     return Space(
         base=base,
@@ -155,7 +158,8 @@ def full_space(model: ModelSpec, profile: HardwareProfile, base: Plan, batch: in
             Axis("activations.nvme", (0.0, 0.5, 1.0) if drive else (0.0,)),
             Axis("recompute.keep", (0.0, 0.0625, 0.125, 0.25, 0.5, 1.0)),
             Axis("recompute.offload", (0.0, 0.125, 0.25, 0.5)),
-            Axis("recompute.middle", (0.0, 0.5, 1.0) if all(u.middle_elements for u in model.layers) else (0.0,)),
+            Axis("recompute.products", (0.0, 0.125, 0.25, 0.5, 1.0) if with_products else (0.0,)),
+            Axis("recompute.middle", (0.0, 0.5, 1.0) if with_middle else (0.0,)),
             Axis("chunk_bytes", chunk_sizes(model)),
             Axis("adam_threads", tuple(reversed(threads))),
             Axis("update", updates),
@@ -181,6 +185,7 @@ def coarse_space(model: ModelSpec, profile: HardwareProfile, base: Plan, batch: 
         "activations__nvme": (0.0,),
         "recompute__keep": (0.0, 0.125),
         "recompute__offload": (0.0,),
+        "recompute__products": (0.0,),
         "recompute__middle": (0.0,),
         "chunk_bytes": axes["chunk_bytes"][1:2],
         "adam_threads": axes["adam_threads"][:1],

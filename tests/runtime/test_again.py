@@ -9,10 +9,10 @@ torch = pytest.importorskip("torch")
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slidetune.errors import SlidetuneError
 from slidetune.families import spec_from_config
 from slidetune.runtime import again
-from slidetune.errors import SlidetuneError
-from slidetune.runtime.again import Again, layer_output, saving_middle
+from slidetune.runtime.again import Again, layer_output, saving
 from slidetune.runtime.binding import Parts
 
 from ..slidetune.reference import SMALL_CONFIGS
@@ -28,7 +28,7 @@ def worthless(monkeypatch):
 
     def unmade(self, func, types, args=(), kwargs=None):
         out = plain(self, func, types, args, kwargs)
-        return out.fill_(float("nan")) if func in again._PRODUCTS else out
+        return out.fill_(float("nan")) if func in again._PRODUCTS and self.known is None else out
 
     plain = again._LeftOut.__torch_dispatch__
     monkeypatch.setattr(again._LeftOut, "__torch_dispatch__", unmade)
@@ -79,23 +79,28 @@ def test_with_the_sum_in_the_middle_saved_too(name, worthless):
     calls, _ = parts.record_calls(torch.device("cpu"), {"input_ids": ids})
     x, upward = (torch.randn(2, 20, spec.hidden_size).to(torch.bfloat16) for _ in range(2))
     for unit, layer, call in zip(spec.layers, parts.layers, calls, strict=True):
+        if not unit.product_elements:
+            with pytest.raises(SlidetuneError, match="no "), torch.no_grad():
+                saving(layer, x, call, products=True)
         middle = torch.full_like(x, float("nan"))
         if not unit.middle_elements:
             with pytest.raises(SlidetuneError, match="no sum"), torch.no_grad():
-                saving_middle(layer, x, call, middle)
+                saving(layer, x, call, middle=middle)
             continue
         with torch.no_grad():
-            out = saving_middle(layer, x, call, middle)
+            out, products = saving(layer, x, call, middle=middle, products=bool(unit.product_elements))
             assert torch.equal(out, layer_output(layer, x, call))
         whole = gradients(lambda x, call, layer=layer: layer_output(layer, x, call), layer, x, upward, call)
         recomputed, weights = Again(layer), linear_weights(layer, x, call)
         for _ in range(3):
 
-            def known(x, call, recomputed=recomputed, middle=middle):
-                return recomputed(x, call, middle)
+            def known(x, call, recomputed=recomputed, middle=middle, products=products):
+                return recomputed(x, call, middle, products)
 
             assert_same(gradients(known, layer, x, upward, call), whole)
         assert weights[recomputed.middle] == unit.middle_elements
+        assert sum(weights[recomputed.middle + 1 :][: len(products)]) == unit.product_elements
+        assert sum(one.nbytes for one in products) == unit.product_bytes(2, 20)
         saved = unit.recompute_flops(2, 20) - unit.recompute_flops(2, 20, middle=True)
         assert saved == 2 * unit.middle_elements * 40
 

@@ -56,7 +56,9 @@ KNOBS = {
     "offloaded activations": {"recompute": Recompute(offload=2)},
     "sums in the middle": {"recompute": Recompute(middle=2)},
     "sums in the middle, inputs on the GPU": {"recompute": Recompute(middle=3), "activations": Activations(gpu=2)},
-    "all three": {"recompute": Recompute(keep=1, offload=1, middle=1), "activations": Activations(gpu=1)},
+    "kept products": {"recompute": Recompute(products=2)},
+    "kept products and sums in the middle": {"recompute": Recompute(products=2, middle=3)},
+    "all four": {"recompute": Recompute(keep=1, offload=1, products=1, middle=1), "activations": Activations(gpu=1)},
 }
 
 

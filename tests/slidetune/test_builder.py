@@ -144,6 +144,7 @@ def test_flops_are_what_model_and_plan_imply(drawn):
     schedule = build(model, plan)
     places = place_layers(plan, len(model.layers))
     again = {i + 1 for i, p in enumerate(places) if p.inner == "recompute"}
+    with_products = {i + 1 for i, p in enumerate(places) if p.products}
     with_middle = {i + 1 for i, p in enumerate(places) if p.middle}
     for unit in model.units:
         forward, backward, recompute = (
@@ -153,6 +154,8 @@ def test_flops_are_what_model_and_plan_imply(drawn):
         assert 0.5 * forward <= recompute <= forward
         if unit.index in with_middle:
             recompute -= 2.0 * unit.middle_elements * plan.tokens
+        if unit.index in with_products:
+            recompute -= 2.0 * unit.product_elements * plan.tokens
         expected = forward + backward + recompute * (unit.index in again)
         assert total(schedule, "flops", unit=unit.index) == pytest.approx(expected)
     assert schedule.total("flops") == schedule.total("flops", GPU)

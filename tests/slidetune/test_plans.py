@@ -49,6 +49,7 @@ FAULTS = {
     ),
     "negative keep": ({"recompute": Recompute(keep=-1)}, "recompute.keep must be at least 0"),
     "negative offload": ({"recompute": Recompute(offload=-1)}, "recompute.offload must be at least 0"),
+    "negative products": ({"recompute": Recompute(products=-1)}, "recompute.products must be at least 0"),
     "negative middle": ({"recompute": Recompute(middle=-1)}, "recompute.middle must be at least 0"),
     "more sums saved than layers recompute": (
         {"recompute": Recompute(keep=2, middle=4), "activations": Activations(nvme=1)},
@@ -104,10 +105,11 @@ def test_every_limited_knob_has_a_fault_here():
 
 
 @pytest.mark.parametrize("kind", ["mixed attention", "learned positions"])
-def test_layers_without_a_sum_in_their_middle_cannot_save_it(kind):
+def test_layers_without_a_sum_in_their_middle_cannot_save_it_or_what_follows(kind):
     model = small_model(kind)
-    (found,) = problems(Plan(model=model.name, recompute=Recompute(middle=1)), model)
-    assert found.startswith("recompute.middle must be 0")
+    for knob in ("middle", "products"):
+        (found,) = problems(Plan(model=model.name, recompute=Recompute(**{knob: 1})), model)
+        assert found.startswith(f"recompute.{knob} must be 0")
 
 
 def test_all_faults_are_named_at_once():
@@ -147,7 +149,7 @@ def test_knobs_are_flat_and_complete():
     flat = knobs(dataclasses.replace(GOOD, recompute=Recompute(keep=2)))
     assert flat["recompute.keep"] == 2
     assert flat["window"] == GOOD.window
-    nested = {"activations": 2, "recompute": 3}
+    nested = {"activations": 2, "recompute": 4}
     assert len(flat) == sum(nested.get(field.name, 1) for field in dataclasses.fields(Plan))
 
 
@@ -211,6 +213,8 @@ def test_every_knob_counts_the_layers_it_names(drawn):
     assert sum(p.saved_input == "nvme" for p in places) == plan.activations.nvme
     assert sum(p.inner == "keep" for p in places) == plan.recompute.keep
     assert sum(p.inner == "offload" for p in places) == plan.recompute.offload
+    assert sum(p.products for p in places) == plan.recompute.products
+    assert all(p.inner == "recompute" for p in places if p.products)
     assert sum(p.middle for p in places) == plan.recompute.middle
     assert all(p.inner == "recompute" and p.saved_input != "nvme" for p in places if p.middle)
     for place in places:

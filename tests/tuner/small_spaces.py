@@ -49,6 +49,7 @@ def small_space(evaluator: Evaluator) -> Space:
         activations__nvme=(0.0,),
         recompute__keep=(0.0, 1 / 8, 1 / 2),
         recompute__offload=(0.0,),
+        recompute__products=(0.0,),
         recompute__middle=(0.0,),
         chunk_bytes=axes["chunk_bytes"][1:2],
         adam_threads=axes["adam_threads"][:1],
