@@ -62,7 +62,13 @@ CASE = ("model", "batch", "kernels", "cap_gib", "seq_len")
 # The plain loop knows no cap.
 PLAIN_CASE = ("model", "batch", "kernels", "seq_len")
 # RAM pools whose size goes with the batch: saved activations.
-ACTIVATIONS = ("embedding rows", "saved inputs (RAM)", "inner activations (RAM)", "input staging")
+ACTIVATIONS = (
+    "embedding rows",
+    "saved inputs (RAM)",
+    "saved middles (RAM)",
+    "inner activations (RAM)",
+    "input staging",
+)
 RAM_BYTES_PER_PARAM, PROCESS_BYTES = 12.5, 2 * GIB
 SEED, BATCHES = 0, 3
 BOTH = ("plain", "checkpointed")
@@ -364,7 +370,8 @@ class Bench:
         # Its imports are done while the plan is made.
         apart.get_ready()
         try:
-            here = adapted(load_profile(given.profile), gpu_memory_gib=row["cap_gib"], kernels=row["kernels"])
+            here = load_profile(given.profile)
+            here = adapted(here, ram_gib=given.ram, gpu_memory_gib=row["cap_gib"], kernels=row["kernels"])
             planned = api.plan(row["model"], here, seq_len=row["seq_len"], batch=row["batch"])
         except SlidetuneError as error:
             note(f"{words(row)}: {error}")
@@ -563,6 +570,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="sequences a step")
     parser.add_argument("--kernels", nargs="+", choices=("eager", "liger"), default=["liger"])
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="cap slidetune at so much of the GPU")
+    parser.add_argument("--ram", type=float, metavar="GIB", help="plan for so much RAM; all there is unless given")
     parser.add_argument("--no-cap", action="store_true", help="also, or only, without a cap")
     parser.add_argument("--profile", help="this machine's, for planning")
     parser.add_argument("--seq-len", type=int, default=1024)
