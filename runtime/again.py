@@ -7,8 +7,9 @@ And what the forward pass has kept of the products between the two, gate and up,
 graph as ever, only the products and sums themselves are not computed: so gradients are, bit for bit, those of the
 whole pass.
 
-The first pass is whole and shows what becomes of each product; only if all of that is sums is it left out. Each later
-pass is checked by autograd's graph again, and made whole if it went another way.
+The first pass leaves nothing out and shows what becomes of each product; only if all of that is sums is it left out.
+Each later pass is checked again, by the functions it calls and by autograd's graph, and made whole if it went another
+way.
 """
 
 from __future__ import annotations
@@ -56,54 +57,53 @@ class Again:
         # Whoever has hooked something sees it whole.
         if has_hooks(self.layer) or _has_global_hooks():
             return layer_output(self.layer, x, call)
-        if not self._looked:
-            self._looked = True
-            out = self._look(x, call)
-            if (middle is not None or products) and self.middle is None:
-                raise _no_middle(self.layer)
-            if products and self.last != self.middle + 1 + len(products):
-                raise _no_products(self.layer)
-            return out
-        left_out = {} if self.last is None else {self.last: None}
+        left_out: dict[int, Tensor | None] = {} if self.last is None else {self.last: None}
         if middle is not None and self.middle is not None:
             left_out[self.middle] = middle
-        if not left_out:
+        if self._looked and not left_out:
             return layer_output(self.layer, x, call)
-        known = {} if self.middle is None else dict(enumerate(products, self.middle + 1))
-        with _Without(left_out, known, x) as without:
+        with _Without(left_out, products, x) as ran:
             out = layer_output(self.layer, x, call)
-        if without.went_the_same_way(out):
+        if not self._looked:
+            self._looked = True
+            self._look(ran, out)
+            if (middle is not None or products) and self.middle is None:
+                raise _no_middle(self.layer)
+            if products and (self.last is None or not ran.took_all):
+                raise _no_products(self.layer)
             return out
+        if ran.went_the_same_way(out):
+            return out
+        del out
         self.last = self.middle = None
         return layer_output(self.layer, x, call)
 
-    def _look(self, x: Tensor, call: Call) -> Tensor:
-        with _Products(x) as ran:
-            out = layer_output(self.layer, x, call)
+    def _look(self, ran: _Products, out: Tensor) -> None:
         found = ran.products
-        if ran.middle is not None:
-            product = found[ran.middle]
-            if not product.read and _uses(out, product.node) == 1:
-                self.middle = ran.middle
+        if ran.middle is not None and not found[ran.middle].read and _uses(out, found[ran.middle].node) == 1:
+            self.middle = ran.middle
         if found and found[-1].only_added and _only_in_sum(out, found[-1].node):
             self.last = len(found) - 1
-        return out
 
 
 def saving(
     layer: nn.Module, x: Tensor, call: Call, *, middle: Tensor | None = None, products: bool = False
-) -> tuple[Tensor, list[Tensor]]:
-    """The layer's output without gradients, and what is saved for its recomputation.
+) -> tuple[Tensor, list[Tensor] | None]:
+    """The layer's output without gradients, and what is saved for its recomputation; None if nothing is, since the
+    layer has hooks, and what has them is recomputed whole.
 
     The sum of its input and attention is left in `middle`, shaped as `x`; with `products`, those between that sum and
     the last product are returned. Raises SlidetuneError if the layer has no such sum or products.
     """
+    if has_hooks(layer) or _has_global_hooks():
+        return layer_output(layer, x, call), None
     with _Saving(x, middle, keeps=products) as ran:
         out = layer_output(layer, x, call)
     if not ran.has_middle:
         raise _no_middle(layer)
     if products and not ran.has_products:
         raise _no_products(layer)
+    # The last product is left out in any case.
     return out, ran.kept[:-1]
 
 
@@ -146,20 +146,20 @@ class _Product:
     sums: list[weakref.ref[Tensor]]
     """The product, and sums with it. Whoever doesn't hold them can't read them."""
     read: bool = False
-    """It was used, but for one addition."""
+    """The product itself was used for more than one addition."""
     only_added: bool = True
     """It and all sums with it were used for additions alone."""
-    sum: Tensor | None = None
-    """What was given for the sum of it and something else."""
+    given: Tensor | None = None
+    """What was handed out as the sum of it and something else."""
     version: int = 0
 
-    def as_given(self) -> bool:
-        """Whether a sum was given for it, and nobody has written to that since."""
-        return self.sum is not None and self.sum._version == self.version
-
     def give(self, value: Tensor) -> Tensor:
-        self.sum, self.version = value, value._version
+        self.given, self.version = value, value._version
         return value
+
+    def untouched(self) -> bool:
+        """Whether a sum was handed out, and nobody has written to that since."""
+        return self.given is not None and self.given._version == self.version
 
 
 class _Products(TorchFunctionMode):
@@ -178,9 +178,11 @@ class _Products(TorchFunctionMode):
             out = self.multiply(len(self.products), args, kwargs)
             self.products.append(_Product(out.grad_fn, [weakref.ref(out)]))
             return out
-        # Shapes and the like, which are no values, are asked for by getters.
+        # Shapes and the like, which getters are asked for, are no values.
         if getattr(func, "__name__", "") == "__get__":
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if not isinstance(out, Tensor):
+                return out
         uses = [(n, one) for n, one in enumerate(self.products) if any(_takes((args, kwargs), r()) for r in one.sums)]
         added = func in _ADDITIONS and len(args) == 2 and not kwargs
         if added:
@@ -212,11 +214,11 @@ class _Products(TorchFunctionMode):
 
 
 class _Saving(_Products):
-    """Leaves the sum of the layer's input and a product in `to`, if given, and keeps all products after it."""
+    """Leaves the sum of the layer's input and a product in `target`, if given, and keeps all products after it."""
 
-    def __init__(self, x: Tensor, to: Tensor | None, *, keeps: bool) -> None:
+    def __init__(self, x: Tensor, target: Tensor | None, *, keeps: bool) -> None:
         super().__init__(x)
-        self.to, self.keeps = to, keeps
+        self.target, self.keeps = target, keeps
         self.kept: list[Tensor] = []
         self._versions: list[int] = []
 
@@ -228,17 +230,17 @@ class _Saving(_Products):
         return out
 
     def add(self, func: Any, terms: tuple, places: list[int]) -> Tensor:
-        if self.middle not in places or self.products[self.middle].sum is not None:
+        if self.middle not in places or self.products[self.middle].given is not None or not _alike(*terms):
             return super().add(func, terms, places)
         product = self.products[self.middle]
-        if self.to is None:
+        if self.target is None:
             return product.give(super().add(func, terms, places))
-        torch.add(*terms, out=self.to)
-        return product.give(self.to.data)
+        torch.add(*terms, out=self.target)
+        return product.give(self.target.data)
 
     @property
     def has_middle(self) -> bool:
-        return self.middle is not None and self.products[self.middle].as_given()
+        return self.middle is not None and self.products[self.middle].untouched()
 
     @property
     def has_products(self) -> bool:
@@ -249,41 +251,57 @@ class _Saving(_Products):
 class _Without(_Products):
     """Some products and their sums are not computed: their outputs have their shape and their place in autograd's
     graph. `sums`: by product, what the sum of it and the layer's input is, or None where nobody will read it. `known`:
-    products that are known themselves."""
+    the products after that sum, as far as they are known."""
 
-    def __init__(self, sums: Mapping[int, Tensor | None], known: Mapping[int, Tensor], x: Tensor) -> None:
+    def __init__(self, sums: Mapping[int, Tensor | None], known: Sequence[Tensor], x: Tensor) -> None:
         super().__init__(x)
         self.sums, self.known = sums, known
 
     def multiply(self, place: int, args: tuple, kwargs: dict) -> Tensor:
-        if place not in self.sums and place not in self.known:
+        after = -1 if self.middle is None else place - self.middle - 1
+        known = self.known[after] if 0 <= after < len(self.known) else None
+        if known is None and place not in self.sums:
             return super().multiply(place, args, kwargs)
-        with _LeftOut(self.known.get(place)):
+        with _LeftOut(known):
             return super().multiply(place, args, kwargs)
 
     def add(self, func: Any, terms: tuple, places: list[int]) -> Tensor:
-        places = [place for place in places if place in self.sums and self.products[place].sum is None]
-        one, other = terms
-        alike = isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape
-        if not places or not alike or one.dtype != other.dtype:
+        places = [place for place in places if place in self.sums and self.products[place].given is None]
+        if not places or not _alike(*terms):
             return super().add(func, terms, places)
         product, known = self.products[places[0]], self.sums[places[0]]
         if known is None:
-            known = other if one is product.sums[0]() else one
+            # Memory that means nothing, as the product's.
+            known = product.sums[0]()
         elif places[0] != self.middle:
             return super().add(func, terms, places)
-        return product.give(_Known.apply(one, other, [known]))
+        return product.give(_Known.apply(*terms, [known]))
+
+    @property
+    def took_all(self) -> bool:
+        """Whether all known products were taken, and none but the last came after them."""
+        return not self.known or (self.middle is not None and len(self.products) == self.middle + len(self.known) + 2)
 
     def went_the_same_way(self, out: Tensor) -> bool:
         """Whether the layer's output depends on no value that was left out."""
-        if len(self.products) <= max(self.sums):
+        if len(self.products) <= max(self.sums) or not self.took_all:
             return False
         return all(
-            product.as_given()
+            product.untouched()
             and not product.read
-            and (_only_in_sum(out, product.node) if known is None else _uses(out, product.node) == 1)
+            and (
+                product.only_added and _only_in_sum(out, product.node)
+                if known is None
+                else _uses(out, product.node) == 1
+            )
             for product, known in ((self.products[place], known) for place, known in self.sums.items())
         )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether the sum of two terms is a tensor of the same kind."""
+    both = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return both and one.shape == other.shape and one.dtype == other.dtype
 
 
 class _Known(torch.autograd.Function):

@@ -35,14 +35,14 @@ def forward(walk: Walk, index: int, task: Task) -> Operation:
     middle = walk.slot(index, "saved middles") if middle is None else middle
     if middle is not None:
         walk.middles[i, m] = middle
-    as_ever = middle is None and not place.products
+    saves = middle is not None or place.products
 
-    def _saving(step: Step, x: Tensor, inputs: Inputs) -> Tensor:
-        to = None if middle is None else as_hidden(middle, x.shape[:2], walk.spec.hidden_size)
+    def saved(step: Step, x: Tensor, inputs: Inputs) -> Tensor:
+        target = None if middle is None else as_hidden(middle, x.shape[:2], walk.spec.hidden_size)
         layer = walk.machine.parts.layers[i]
-        out, step.products[i, m] = saving(layer, x, inputs.calls[i], middle=to, products=place.products)
+        out, step.saved[i, m] = saving(layer, x, inputs.calls[i], middle=target, products=place.products)
         if passes.recording:
-            passes.keep(step.products[i, m])
+            passes.keep(step.saved[i, m])
         return out
 
     def body(step: Step, inputs: Inputs) -> None:
@@ -51,7 +51,7 @@ def forward(walk: Walk, index: int, task: Task) -> Operation:
         x = as_hidden(source, shape, walk.spec.hidden_size)
         if place.inner == "recompute":
             with torch.no_grad():
-                out = _layer(walk, step, i, m, x, inputs) if as_ever else _saving(step, x, inputs)
+                out = saved(step, x, inputs) if saves else _layer(walk, step, i, m, x, inputs)
         else:
             x.requires_grad_()
             collecting = contextlib.nullcontext() if inner is None else inner.collecting(inputs.shared, x, weights)
@@ -97,9 +97,10 @@ def recompute(walk: Walk, index: int, task: Task) -> Operation:
         pointed.point(weights)
         shape, width = step.micro_batches[m].shape, walk.spec.hidden_size
         x = as_hidden(source, shape, width).requires_grad_()
-        known = None if middle is None else as_hidden(middle, shape, width)
+        products = step.saved.pop((i, m), None)
+        known = None if middle is None or products is None else as_hidden(middle, shape, width)
         with torch.enable_grad(), walk.randomly(step, task.unit, m):
-            out = again(x, inputs.calls[i], known, step.products.pop((i, m), ()))
+            out = again(x, inputs.calls[i], known, products or ())
             step.graphs[i, m] = (x, get_gradient_edge(out))
 
     return walk.machine.passes.bind(m, body)

@@ -71,8 +71,9 @@ class Step:
     row_gradients: RowGradients | None = None
     graphs: dict[tuple[int, int], Any] = field(default_factory=dict)
     """What autograd keeps, by layer and micro-batch."""
-    products: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
-    """What is kept of the products that MLPs begin with, by layer and micro-batch."""
+    saved: dict[tuple[int, int], list[Tensor] | None] = field(default_factory=dict)
+    """What layers that recompute have saved beside their input, by layer and micro-batch: the products that are kept,
+    none where it is the sum in the middle alone; None if they ran with hooks and have saved nothing."""
     compact_rows: list[Tensor] = field(default_factory=list)
     prepared: Any = None
     """CUDA event after which masks and labels are on the device."""

@@ -181,17 +181,19 @@ def _working_sets(model: ModelSpec, plan: Plan, kernels: str) -> tuple[int, int,
     kinds = {
         (id(u.kernels(kernels)), u.largest_tensor, which): (u, which)
         for i, u in enumerate(model.layers)
-        for which in [(i < recomputing) + (i < recomputing - plan.recompute.products)]
-    }
-    found = [[head_working_bytes(model, plan, kernels)], [0], [0]]
-    for unit, which in kinds.values():
-        again, products = which > 0, which == 1
-        found[which] += [
-            forward_working_bytes(unit, plan, kernels, kept=not again, products=products),
-            backward_working_bytes(unit, plan, kernels, recomputed=again, products=products),
+        for which in [
+            "kept" if i >= recomputing else "products" if i >= recomputing - plan.recompute.products else "all"
         ]
-    beside, with_products, apart = map(max, found)
-    return beside, with_products, apart
+    }
+    most = {"kept": head_working_bytes(model, plan, kernels), "products": 0, "all": 0}
+    for unit, which in kinds.values():
+        kept, products = which == "kept", which == "products"
+        most[which] = max(
+            most[which],
+            forward_working_bytes(unit, plan, kernels, kept=kept, products=products),
+            backward_working_bytes(unit, plan, kernels, recomputed=not kept, products=products),
+        )
+    return most["kept"], most["products"], most["all"]
 
 
 def peak_bytes(model: ModelSpec, plan: Plan, kernels: str = "eager") -> dict[str, int]:

@@ -511,7 +511,7 @@ class _Step:
     def _take_inner(self, place: Placement) -> tuple | None:
         if place.inner == "recompute":
             return None
-        return self._take("kept activations" if place.inner == "keep" else "activations in transit")
+        return self._take(buffers.KEPT if place.inner == "keep" else "activations in transit")
 
     def _inner_bytes(self, unit: Unit) -> int:
         return buffers.recompute_working_bytes(unit, self.plan, self.kernels)

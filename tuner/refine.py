@@ -29,36 +29,45 @@ def refined(plan: Plan, space: Space, model: ModelSpec) -> list[Plan]:
         changed = {name: value for name, value in knobs(other).items() if value != now[name]}
         return all(0 <= value <= most.get(name, -1) for name, value in changed.items()) and not problems(other, model)
 
-    return [p for p in dict.fromkeys((*_single(plan, space.layers), *_for_keeping(plan))) if p != plan and within(p)]
+    return [
+        p
+        for p in dict.fromkeys((*_single(plan, space.layers), *_for_keeping(plan, space.layers)))
+        if p != plan and within(p)
+    ]
 
 
 def _single(plan: Plan, layers: int) -> Iterator[Plan]:
     for knob, step in itertools.product(_COUNTS, (1, -1, 2, -2)):
         yield dataclasses.replace(plan, **{knob: getattr(plan, knob) + step})
     for keep, products in ((-1, 0), (0, 1), (0, -1), (0, 2)):
-        yield _keeping(plan, keep, products)
-    most = layers - plan.recompute.keep - plan.recompute.offload - plan.activations.nvme
-    for middle in (plan.recompute.middle + 1, plan.recompute.middle - 1, most):
+        yield _keeping(plan, layers, keep, products)
+    for middle in (plan.recompute.middle + 1, plan.recompute.middle - 1, _most_middles(plan, layers)):
         yield _with(plan, middle=middle)
 
 
-def _for_keeping(plan: Plan) -> Iterator[Plan]:
+def _for_keeping(plan: Plan, layers: int) -> Iterator[Plan]:
     narrow = dataclasses.replace(plan, window=min(plan.window, 2), prefetch=min(plan.prefetch, 1))
     # Two layers' products take about the memory of one layer's all.
     more = ((1, 0), (2, 0), (3, 0), (0, 1), (0, 2), (0, 4), (-1, 2), (-2, 4), (-1, 3), (1, -2))
     for wide, (keep, products), fewer, on_gpu in itertools.product(
         dict.fromkeys((plan, narrow)), more, (0, 1, 2), sorted({plan.activations.gpu, 0})
     ):
-        kept = _keeping(wide, keep, products)
+        kept = _keeping(wide, layers, keep, products)
         activations = Activations(gpu=on_gpu, nvme=plan.activations.nvme)
         yield dataclasses.replace(kept, resident_layers=plan.resident_layers - fewer, activations=activations)
 
 
-def _keeping(plan: Plan, keep: int, products: int) -> Plan:
+def _most_middles(plan: Plan, layers: int) -> int:
+    """Layers that may save the sum in their middle."""
+    return max(0, layers - plan.recompute.keep - plan.recompute.offload - plan.activations.nvme)
+
+
+def _keeping(plan: Plan, layers: int, keep: int, products: int) -> Plan:
     """With so many layers more that keep all, and so many more that keep products."""
     now = plan.recompute
-    # Where all that recompute have their middle saved, so do they afterwards.
-    middle = max(0, now.middle - keep) if now.middle else 0
+    most = max(0, _most_middles(plan, layers) - keep)
+    # Where all that recompute save their middle, so do they afterwards.
+    middle = most if 0 < now.middle == _most_middles(plan, layers) else min(now.middle, most)
     return _with(plan, keep=now.keep + keep, products=now.products + products, middle=middle)
 
 

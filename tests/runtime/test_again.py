@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -152,6 +154,8 @@ NEEDED = {
     "read by its value": lambda layer, x, h: (lambda out: x + out + x * out.detach().norm())(layer.second(h)),
     "looked at": lambda layer, x, h: (lambda out: x + (out if out.isfinite().all() else 0 * out))(layer.second(h)),
     "a sum looked at": lambda layer, x, h: (lambda out: out + x * out.detach().norm())(x + layer.second(h)),
+    "read by a getter": lambda layer, x, h: (lambda out: x + out + x * out.data.norm())(layer.second(h)),
+    "read by a view's getter": lambda layer, x, h: (lambda out: x + out + x * out.mT.detach().norm())(layer.second(h)),
     "an argument by name": lambda layer, x, h: x + torch.clamp(input=layer.second(h), max=0.1),
     "no module": lambda layer, x, h: x + h @ layer.third.weight,
 }
@@ -228,6 +232,99 @@ def test_a_layer_that_goes_another_way_later_is_run_whole(worthless):
         layer.other = other
         whole = gradients(lambda x, call: layer_output(layer, x, call), layer, x, upward)
         assert_same(gradients(recomputed, layer, x, upward), whole)
+
+
+LATER = {
+    "sum read": lambda layer, x, h: (lambda out: out + x * out.detach().norm())(x + layer.second(h)),
+    "sum written to": lambda layer, x, h: (x + layer.second(h)).mul_(2.0),
+    "sum written to unseen": lambda layer, x, h: (lambda out: (out.data.mul_(2.0), out)[1])(x + layer.second(h)),
+}
+
+
+@pytest.mark.parametrize("way", LATER)
+def test_a_sum_that_is_used_otherwise_later_is_made(way, worthless):
+    layer = Layer(lambda layer, x, h: (LATER[way] if layer.other else LEFT_OUT["sum"])(layer, x, h))
+    layer.other = False
+    x, upward = torch.randn(2, 8, 32), torch.randn(2, 8, 32)
+    recomputed = Again(layer)
+    for other in (False, False, True, True, False):
+        layer.other = other
+        whole = gradients(lambda x, call: layer_output(layer, x, call), layer, x, upward)
+        assert_same(gradients(recomputed, layer, x, upward), whole)
+
+
+class Block(nn.Module):
+    """As in a transformer: a sum in the middle, products behind it, and a last sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend, self.gate, self.up, self.down = (nn.Linear(32, 32) for _ in range(4))
+        self.gate_first = self.writes = self.in_fp32 = False
+
+    def forward(self, x):
+        gate = self.gate(x) if self.gate_first else None
+        attended = self.attend(torch.tanh(x))
+        h = x + (attended.float() if self.in_fp32 else attended)
+        gate = self.gate(h) if gate is None else gate
+        up = self.up(h)
+        if self.writes:
+            up.mul_(0.5)
+        inner = torch.tanh(gate) * up
+        # As many products behind the sum, whichever way it goes.
+        return h + self.down(inner + self.up(inner) if self.gate_first else inner)
+
+
+def test_what_was_saved_belongs_to_the_pass_that_saved_it(worthless):
+    """Products before the sum in one step and behind it in another are not taken for each other."""
+    layer = Block()
+    x, upward = torch.randn(2, 8, 32), torch.randn(2, 8, 32)
+    recomputed = Again(layer)
+    for layer.gate_first in (False, False, True, True, False):
+        whole = gradients(lambda x, call: layer_output(layer, x, call), layer, x, upward)
+        middle = torch.empty_like(x)
+        with torch.no_grad():
+            _, products = saving(layer, x, NO_CALL, middle=middle, products=True)
+        assert len(products) == 2
+        run = partial(recomputed, middle=middle, products=products)
+        assert_same(gradients(run, layer, x, upward), whole)
+
+
+def test_the_first_pass_takes_kept_products_too(worthless):
+    """There is no room for them twice."""
+    layer, x = Block(), torch.randn(2, 8, 32)
+    with torch.no_grad():
+        _, products = saving(layer, x, NO_CALL, products=True)
+    with Products() as computed:
+        Again(layer)(x.requires_grad_(), NO_CALL, None, products)
+    assert computed.count == 2
+
+
+def test_products_that_are_written_to_cannot_be_kept():
+    layer = Block()
+    layer.writes = True
+    with pytest.raises(SlidetuneError, match="no products"), torch.no_grad():
+        saving(layer, torch.randn(2, 8, 32), NO_CALL, products=True)
+
+
+def test_a_sum_of_another_type_cannot_be_saved():
+    layer, x = Block().to(torch.bfloat16), torch.randn(2, 8, 32).to(torch.bfloat16)
+    layer.in_fp32 = True
+    layer.gate, layer.up, layer.down = (nn.Linear(32, 32) for _ in range(3))
+    with pytest.raises(SlidetuneError, match="no sum"), torch.no_grad():
+        saving(layer, x, NO_CALL, middle=torch.empty_like(x))
+
+
+def test_with_hooks_nothing_is_saved_and_all_is_made(worthless):
+    """A hook may put something else in a product's place."""
+    layer = Block()
+    x, upward = torch.randn(2, 8, 32), torch.randn(2, 8, 32)
+    layer.attend.register_forward_hook(lambda module, args, out: 2 * out)
+    whole = gradients(lambda x, call: layer_output(layer, x, call), layer, x, upward)
+    with torch.no_grad():
+        out, saved = saving(layer, x, NO_CALL, middle=torch.empty_like(x), products=True)
+        assert torch.equal(out, layer_output(layer, x, NO_CALL))
+    assert saved is None
+    assert_same(gradients(Again(layer), layer, x, upward), whole)
 
 
 class Doubled(nn.Module):
