@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from slidetune import __version__
 from slidetune.errors import SlidetuneError
 from slidetune.plans import Plan, knobs
+from slidetune.tuner.drift import Steadiness
 from slidetune.tuner.evaluate import Evaluator, Worth
 from slidetune.tuner.heuristics import starting_points
 from slidetune.tuner.refine import refined
@@ -36,6 +37,8 @@ KEPT_THROUGHPUT = 0.90
 BATCH_TOLERANCE = 0.03
 # Plans this close in throughput are as fast as each other: the one that wears the drive or fills RAM less is better.
 _EQUAL = 0.0025
+# Those about as fast, of which the one that minds least if the host is slower is better; so many of them are looked at.
+_NEAR, _NEAREST, _AS_STEADY, _STEADY_ROUNDS = 0.01, 24, 0.001, 6
 # Rounds of trying every neighbour of the plan chosen, after the budget is spent.
 _POLISH_ROUNDS = 4
 # Share of the budget that expert plans may take, and share of the rest that is the sampler's.
@@ -316,7 +319,8 @@ class _Search:
         self._polish()
         if not self.shared:
             self._refine()
-        return choose(self._all_trials(), self.objective, self.study)
+        found = choose(self._all_trials(), self.objective, self.study)
+        return found if found is None or self.shared or self.objective != "throughput" else self._steadied(found)
 
     def _learn(self) -> None:
         """Take over what others who share the study have tried meanwhile, so that no plan is tried twice."""
@@ -347,11 +351,35 @@ class _Search:
                 return
             best = found.best
             before = best.plan
-            around = refined(best.plan, self.space, self.evaluator.model)
-            near = [p for p in around if p not in self.tried and self.evaluator.fits(p)]
-            self.evaluator.worths(near, self.workers)
-            for plan in near:
-                self.tried[plan] = Trial(next(self.numbers), "refined", best.point, plan, self.evaluator.worth(plan))
+            self._try_around(best)
+
+    def _try_around(self, trial: Trial) -> None:
+        around = refined(trial.plan, self.space, self.evaluator.model)
+        near = [p for p in around if p not in self.tried and self.evaluator.fits(p)]
+        self.evaluator.worths(near, self.workers)
+        for plan in near:
+            self.tried[plan] = Trial(next(self.numbers), "refined", trial.point, plan, self.evaluator.worth(plan))
+
+    def _steadied(self, found: Found) -> Found:
+        """Of the plans about as fast as the one chosen, at its batch, the one that is fastest where the machine is now
+        as profiled, now slower."""
+        steadiness, best = Steadiness(self.evaluator), found.best
+        for _ in range(_STEADY_ROUNDS):
+            near = [
+                trial
+                for trial in self.tried.values()
+                if trial.worth and trial.plan.batch == found.plan.batch
+                if trial.worth.tokens_per_s >= (1.0 - _NEAR) * found.worth.tokens_per_s
+            ]
+            near = sorted(near, key=lambda trial: -trial.worth.tokens_per_s)[:_NEAREST]
+            least = min(steadiness.mean_step_s(trial.plan) for trial in near)
+            equals = [t for t in near if steadiness.mean_step_s(t.plan) <= (1.0 + _AS_STEADY) * least]
+            steadiest = min(equals, key=lambda t: (t.worth.nvme_written_bytes_per_token, t.worth.ram_bytes))
+            if steadiest.plan == best.plan:
+                break
+            best = steadiest
+            self._try_around(best)
+        return dataclasses.replace(found, best=best, trials=list(self.tried.values()))
 
     def _spent(self) -> bool:
         return self.evaluator.simulated >= self.wanted or self.evaluator.tasks >= _TASK_BUDGET
