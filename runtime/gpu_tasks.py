@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from slidetune.plans import Placement
-from slidetune.runtime.again import Again, layer_output, saving
+from slidetune.runtime.again import Again, Saving, layer_output
 from slidetune.runtime.captured import Inputs
 from slidetune.runtime.clipping import add_squares
 from slidetune.runtime.head_loss import chunked_loss, chunked_loss_alone, loss_alone
@@ -37,10 +37,11 @@ def forward(walk: Walk, index: int, task: Task) -> Operation:
         walk.middles[i, m] = middle
     saves = middle is not None or place.products
 
+    saving = Saving(walk.machine.parts.layers[i], products=place.products)
+
     def saved(step: Step, x: Tensor, inputs: Inputs) -> Tensor:
         target = None if middle is None else as_hidden(middle, x.shape[:2], walk.spec.hidden_size)
-        layer = walk.machine.parts.layers[i]
-        out, step.saved[i, m] = saving(layer, x, inputs.calls[i], middle=target, products=place.products)
+        out, step.saved[i, m] = saving(x, inputs.calls[i], target)
         if passes.recording:
             passes.keep(step.saved[i, m])
         return out
@@ -100,7 +101,7 @@ def recompute(walk: Walk, index: int, task: Task) -> Operation:
         products = step.saved.pop((i, m), None)
         known = None if middle is None or products is None else as_hidden(middle, shape, width)
         with torch.enable_grad(), walk.randomly(step, task.unit, m):
-            out = again(x, inputs.calls[i], known, products or ())
+            out = again(x, inputs.calls[i], known, products)
             step.graphs[i, m] = (x, get_gradient_edge(out))
 
     return walk.machine.passes.bind(m, body)

@@ -104,9 +104,9 @@ class Inner:
         """Backward passes inside find the weights in `weights` and the layer's input in `x`; what was held goes as it
         is used up."""
         self._weights, self._input = weights, x
-        for held in self._held.values():
-            self._used_by_this_stream(held.storage)
-        self._held.clear()
+        while self._held:
+            # No name may hold on to one of them during the backward pass.
+            self._used_by_this_stream(self._held.popitem()[1].storage)
         try:
             yield
         finally:

@@ -12,6 +12,7 @@ from torch import Tensor
 from slidetune.runtime.adam import AdamW
 
 if TYPE_CHECKING:
+    from slidetune.runtime.again import Saved
     from slidetune.runtime.binding import Call
     from slidetune.runtime.row_kernels import Readers, ReadersThere
     from slidetune.runtime.rows import RowGradients
@@ -71,7 +72,7 @@ class Step:
     row_gradients: RowGradients | None = None
     graphs: dict[tuple[int, int], Any] = field(default_factory=dict)
     """What autograd keeps, by layer and micro-batch."""
-    saved: dict[tuple[int, int], list[Tensor] | None] = field(default_factory=dict)
+    saved: dict[tuple[int, int], Saved | None] = field(default_factory=dict)
     """What layers that recompute have saved beside their input, by layer and micro-batch: the products that are kept,
     none where it is the sum in the middle alone; None if they ran with hooks and have saved nothing."""
     compact_rows: list[Tensor] = field(default_factory=list)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slidetune.errors import SlidetuneError
 from slidetune.families import spec_from_config
 from slidetune.runtime import again
-from slidetune.runtime.again import Again, layer_output, saving
+from slidetune.runtime.again import Again, Saving, layer_output
 from slidetune.runtime.binding import Parts
 
 from ..slidetune.reference import SMALL_CONFIGS
@@ -63,10 +63,10 @@ def test_gradients_are_those_of_the_whole_pass_and_the_spec_says_what_is_left_ou
     x, upward = (torch.randn(2, 20, spec.hidden_size).to(torch.bfloat16) for _ in range(2))
     for unit, layer, call in zip(spec.layers, parts.layers, calls, strict=True):
         whole = gradients(lambda x, call, layer=layer: layer_output(layer, x, call), layer, x, upward, call)
-        recomputed, weights = Again(layer), linear_weights(layer, x, call)
+        recomputed = Again(layer)
         for _ in range(3):
             assert_same(gradients(recomputed, layer, x, upward, call), whole)
-        left_out = 0 if recomputed.last is None else weights[recomputed.last]
+        left_out = 0 if recomputed.last is None else recomputed.last.weight.numel()
         assert left_out == unit.left_out_elements
         assert unit.forward_flops(2, 20) - unit.recompute_flops(2, 20) == 2 * left_out * 40
 
@@ -83,39 +83,28 @@ def test_with_the_sum_in_the_middle_saved_too(name, worthless):
     for unit, layer, call in zip(spec.layers, parts.layers, calls, strict=True):
         if not unit.product_elements:
             with pytest.raises(SlidetuneError, match="no "), torch.no_grad():
-                saving(layer, x, call, products=True)
+                Saving(layer, products=True)(x, call)
         middle = torch.full_like(x, float("nan"))
         if not unit.middle_elements:
             with pytest.raises(SlidetuneError, match="no sum"), torch.no_grad():
-                saving(layer, x, call, middle=middle)
+                Saving(layer)(x, call, middle)
             continue
         with torch.no_grad():
-            out, products = saving(layer, x, call, middle=middle, products=bool(unit.product_elements))
+            out, products = Saving(layer, products=bool(unit.product_elements))(x, call, middle)
             assert torch.equal(out, layer_output(layer, x, call))
         whole = gradients(lambda x, call, layer=layer: layer_output(layer, x, call), layer, x, upward, call)
-        recomputed, weights = Again(layer), linear_weights(layer, x, call)
+        recomputed = Again(layer)
         for _ in range(3):
 
             def known(x, call, recomputed=recomputed, middle=middle, products=products):
                 return recomputed(x, call, middle, products)
 
             assert_same(gradients(known, layer, x, upward, call), whole)
-        assert weights[recomputed.middle] == unit.middle_elements
-        assert sum(weights[recomputed.middle + 1 :][: len(products)]) == unit.product_elements
-        assert sum(one.nbytes for one in products) == unit.product_bytes(2, 20)
+        assert recomputed.middle.weight.numel() == unit.middle_elements
+        assert sum(module.weight.numel() for module in products) == unit.product_elements
+        assert sum(one.nbytes for one in products.values()) == unit.product_bytes(2, 20)
         saved = unit.recompute_flops(2, 20) - unit.recompute_flops(2, 20, middle=True)
         assert saved == 2 * unit.middle_elements * 40
-
-
-def linear_weights(layer, x, call):
-    """Elements of the weights of a layer's linear modules, in the order in which they run."""
-    ran = []
-    linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    hooks = [one.register_forward_hook(lambda module, args, out: ran.append(module.weight.numel())) for one in linear]
-    layer_output(layer, x, call)
-    for hook in hooks:
-        hook.remove()
-    return ran
 
 
 class Layer(nn.Module):
@@ -141,7 +130,6 @@ LEFT_OUT = {
     "sum of three": lambda layer, x, h: (x + layer.second(h)) + layer.third(h),
     "the other sum of three": lambda layer, x, h: x + (layer.second(h) + layer.third(h)),
     "first of a tuple": lambda layer, x, h: (x + layer.second(h), h),
-    "run before": lambda layer, x, h: x + layer.second(torch.tanh(layer.second(h))),
 }
 NEEDED = {
     "no sum": lambda layer, x, h: layer.second(h),
@@ -154,6 +142,7 @@ NEEDED = {
     "read by its value": lambda layer, x, h: (lambda out: x + out + x * out.detach().norm())(layer.second(h)),
     "looked at": lambda layer, x, h: (lambda out: x + (out if out.isfinite().all() else 0 * out))(layer.second(h)),
     "a sum looked at": lambda layer, x, h: (lambda out: out + x * out.detach().norm())(x + layer.second(h)),
+    "run before": lambda layer, x, h: x + layer.second(torch.tanh(layer.second(h))),
     "read by a getter": lambda layer, x, h: (lambda out: x + out + x * out.data.norm())(layer.second(h)),
     "read by a view's getter": lambda layer, x, h: (lambda out: x + out + x * out.mT.detach().norm())(layer.second(h)),
     "an argument by name": lambda layer, x, h: x + torch.clamp(input=layer.second(h), max=0.1),
@@ -220,7 +209,7 @@ def test_a_hook_sees_the_whole_output(hooked, worthless):
     assert torch.equal(seen[-1], expected.detach())
     # And without it, on as before.
     recomputed(x, NO_CALL)
-    assert recomputed.last == 1
+    assert recomputed.last is layer.second
 
 
 def test_a_layer_that_goes_another_way_later_is_run_whole(worthless):
@@ -258,7 +247,7 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.attend, self.gate, self.up, self.down = (nn.Linear(32, 32) for _ in range(4))
+        self.attend, self.gate, self.up, self.more, self.down = (nn.Linear(32, 32) for _ in range(5))
         self.gate_first = self.writes = self.in_fp32 = False
 
     def forward(self, x):
@@ -271,20 +260,20 @@ class Block(nn.Module):
             up.mul_(0.5)
         inner = torch.tanh(gate) * up
         # As many products behind the sum, whichever way it goes.
-        return h + self.down(inner + self.up(inner) if self.gate_first else inner)
+        return h + self.down(inner + self.more(inner) if self.gate_first else inner)
 
 
 def test_what_was_saved_belongs_to_the_pass_that_saved_it(worthless):
     """Products before the sum in one step and behind it in another are not taken for each other."""
     layer = Block()
     x, upward = torch.randn(2, 8, 32), torch.randn(2, 8, 32)
-    recomputed = Again(layer)
+    recomputed, saves = Again(layer), Saving(layer, products=True)
     for layer.gate_first in (False, False, True, True, False):
         whole = gradients(lambda x, call: layer_output(layer, x, call), layer, x, upward)
         middle = torch.empty_like(x)
         with torch.no_grad():
-            _, products = saving(layer, x, NO_CALL, middle=middle, products=True)
-        assert len(products) == 2
+            _, products = saves(x, NO_CALL, middle)
+        assert set(products) == {layer.up, layer.more if layer.gate_first else layer.gate}
         run = partial(recomputed, middle=middle, products=products)
         assert_same(gradients(run, layer, x, upward), whole)
 
@@ -293,7 +282,7 @@ def test_the_first_pass_takes_kept_products_too(worthless):
     """There is no room for them twice."""
     layer, x = Block(), torch.randn(2, 8, 32)
     with torch.no_grad():
-        _, products = saving(layer, x, NO_CALL, products=True)
+        _, products = Saving(layer, products=True)(x, NO_CALL)
     with Products() as computed:
         Again(layer)(x.requires_grad_(), NO_CALL, None, products)
     assert computed.count == 2
@@ -303,7 +292,7 @@ def test_products_that_are_written_to_cannot_be_kept():
     layer = Block()
     layer.writes = True
     with pytest.raises(SlidetuneError, match="no products"), torch.no_grad():
-        saving(layer, torch.randn(2, 8, 32), NO_CALL, products=True)
+        Saving(layer, products=True)(torch.randn(2, 8, 32), NO_CALL)
 
 
 def test_a_sum_of_another_type_cannot_be_saved():
@@ -311,7 +300,7 @@ def test_a_sum_of_another_type_cannot_be_saved():
     layer.in_fp32 = True
     layer.gate, layer.up, layer.down = (nn.Linear(32, 32) for _ in range(3))
     with pytest.raises(SlidetuneError, match="no sum"), torch.no_grad():
-        saving(layer, x, NO_CALL, middle=torch.empty_like(x))
+        Saving(layer)(x, NO_CALL, torch.empty_like(x))
 
 
 def test_with_hooks_nothing_is_saved_and_all_is_made(worthless):
@@ -321,7 +310,7 @@ def test_with_hooks_nothing_is_saved_and_all_is_made(worthless):
     layer.attend.register_forward_hook(lambda module, args, out: 2 * out)
     whole = gradients(lambda x, call: layer_output(layer, x, call), layer, x, upward)
     with torch.no_grad():
-        out, saved = saving(layer, x, NO_CALL, middle=torch.empty_like(x), products=True)
+        out, saved = Saving(layer, products=True)(x, NO_CALL, torch.empty_like(x))
         assert torch.equal(out, layer_output(layer, x, NO_CALL))
     assert saved is None
     assert_same(gradients(Again(layer), layer, x, upward), whole)
@@ -351,7 +340,7 @@ def test_one_module_under_two_names(worthless):
     recomputed = Again(layer)
     for _ in range(2):
         assert_same(gradients(recomputed, layer, x, upward), whole)
-    assert recomputed.last == 2
+    assert recomputed.last is None
 
 
 def test_where_random_numbers_are_drawn_all_of_it_is_run():

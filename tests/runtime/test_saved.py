@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -63,3 +65,16 @@ def test_what_stays_where_it_is_is_not_held():
     with inner.brought_back(x.detach(), torch.zeros(1)):
         out.sum().backward()
     assert torch.equal(x.grad, mask)
+
+
+def test_what_is_kept_goes_as_the_backward_pass_uses_it_up():
+    x = torch.randn(4, 4).requires_grad_()
+    inner, alive = Inner(CPU), []
+    with inner.collecting(set(), x, torch.zeros(1)):
+        first = x.exp()
+        out = (first * 2.0).sin()
+    last = weakref.ref(list(inner._held.values())[-1].storage)
+    first.register_hook(lambda gradient: alive.append(last() is not None))
+    with inner.brought_back(x.detach(), torch.zeros(1)):
+        out.sum().backward()
+    assert alive == [False]
