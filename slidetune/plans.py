@@ -77,7 +77,7 @@ class Plan:
     activations: Activations = Activations()
     """Where the layers' saved inputs go."""
     recompute: Recompute = Recompute()
-    """Which layers don't recompute."""
+    """What layers keep, or save, in place of recomputing it."""
     chunk_bytes: int = 64 * MIB
     """Bytes of bf16 gradient that come down at a time; Adam follows chunk by chunk."""
     adam_threads: int = 8
