@@ -71,10 +71,17 @@ def test_what_does_not_fit_is_a_constraint_and_never_simulated(monkeypatch):
     evaluator = an_evaluator("llama-3.1-8b", "desktop")
     simulated = []
     reckon = Evaluator.simulate
-    monkeypatch.setattr(Evaluator, "simulate", lambda self, plan: simulated.append(plan) or reckon(self, plan))
+
+    def noted(self, plan):
+        simulated.append((self is evaluator, plan))
+        return reckon(self, plan)
+
+    monkeypatch.setattr(Evaluator, "simulate", noted)
     found = found_by_search(evaluator, trials=60)
-    assert len(simulated) == len(set(simulated)) >= 60
-    assert all(evaluator.fits(plan) for plan in simulated)
+    # Some once more, on the machine at a slower moment.
+    assert len(simulated) == len(set(simulated))
+    assert sum(here for here, _ in simulated) >= 60
+    assert all(evaluator.fits(plan) for _, plan in simulated)
 
     states = {trial.state for trial in found.study.trials}
     assert states == {optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED}
