@@ -69,13 +69,11 @@ class Again:
             if middle is not None and self.middle is None:
                 raise _no_middle(self.layer)
             return out
-        passing = _Passing(x)
+        passing = _Passing(x, products or {})
         if middle is not None and self.middle is not None:
             passing.know_sum(self.middle, middle)
         if self.last is not None:
             passing.leave_out(self.last)
-        for module, value in (products or {}).items():
-            passing.know_product(module, value)
         if not passing.forwards:
             return layer_output(self.layer, x, call)
         if all(map(_is_plain, passing.forwards)):
@@ -89,10 +87,7 @@ class Again:
 
     def _look(self, x: Tensor, call: Call, products: Saved) -> Tensor:
         """All of the pass but what is known: there is no room for that twice."""
-        passing = _Passing(x)
-        for module, value in products.items():
-            passing.know_product(module, value)
-        with _instead(passing.forwards), _Products(self.layer, x) as ran:
+        with _instead(_Passing(x, products).forwards), _Products(self.layer, x) as ran:
             out = layer_output(self.layer, x, call)
         found = ran.products
         if ran.middle is not None and not ran.middle.read and _uses(out, ran.middle.node) == 1:
@@ -254,7 +249,7 @@ class _Products(TorchFunctionMode):
                 self.kept.append((out, out._version))
             return out
         # Shapes and the like, which getters are asked for, are no values. Dropout of nothing gives back what it got.
-        no_value = getattr(func, "__name__", "") == "__get__" and not isinstance(out, Tensor)
+        no_value = _is_getter(func) and not isinstance(out, Tensor)
         found = list(self._found((args, kwargs)))
         if no_value or any(out is one for one, _ in found):
             return out
@@ -278,7 +273,7 @@ class _Products(TorchFunctionMode):
         terms = [product for one, products in self._found(args) for product in products if one is product.out()]
         if not terms or terms[0].added or not _alike(*args):
             return None
-        out = torch.add(*args) if self.target is None else torch.add(*args, out=self.target).data
+        out = _sum_in(self.target, args)
         self._sum = out, out._version
         return out
 
@@ -303,7 +298,8 @@ class _Passing:
     garbage.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, known: Saved | None = None) -> None:
+        """`known`: products that need not be computed."""
         self.x = x
         self.forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
         self.kept: dict[nn.Linear, Tensor] = {}
@@ -311,14 +307,13 @@ class _Passing:
         self._versions: list[int] = []
         self._middle: _Use | None = None
         self._last: _Use | None = None
+        for module, value in (known or {}).items():
+            self._know_product(module, value)
 
     def save_sum(self, module: nn.Linear, target: Tensor | None) -> None:
         """The sum of the layer's input and a module's product is left in `target`, if given."""
 
-        def add(terms: tuple[Tensor, Tensor], _: Tensor) -> Tensor:
-            return torch.add(*terms) if target is None else torch.add(*terms, out=target).data
-
-        whole, use = module.forward, _Use(add, self.x)
+        whole, use = module.forward, _Use(lambda terms, _: _sum_in(target, terms), self.x)
         self._middle = use
         self._run_instead(module, lambda x: use.watched(whole(x)))
 
@@ -345,7 +340,7 @@ class _Passing:
         self._last = use
         self._run_instead(module, lambda x: use.watched(_left_out(whole, x)))
 
-    def know_product(self, module: nn.Linear, value: Tensor) -> None:
+    def _know_product(self, module: nn.Linear, value: Tensor) -> None:
         """A module's product is `value`."""
         whole = module.forward
         self._run_instead(module, lambda x: _left_out(whole, x, value))
@@ -409,7 +404,7 @@ class _Use:
             if self.x is None and _is_sum(func, args, kwargs):
                 return self._term(out)
         # Shapes and the like, which getters are asked for, are no values. Dropout of nothing gives back what it got.
-        if getattr(func, "__name__", "") == "__get__" and not isinstance(out, Tensor):
+        if _is_getter(func) and not isinstance(out, Tensor):
             return out
         self.read |= not any(out is one for one in args)
         return out
@@ -479,6 +474,15 @@ class _LeftOut(TorchDispatchMode):
 
 def _is_sum(func: Any, args: tuple, kwargs: dict) -> bool:
     return func in _ADDITIONS and len(args) == 2 and not kwargs
+
+
+def _sum_in(target: Tensor | None, terms: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of two terms, left in `target`, if given."""
+    return torch.add(*terms) if target is None else torch.add(*terms, out=target).data
+
+
+def _is_getter(func: Any) -> bool:
+    return getattr(func, "__name__", "") == "__get__"
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -35,9 +35,9 @@ def forward(walk: Walk, index: int, task: Task) -> Operation:
     middle = walk.slot(index, "saved middles") if middle is None else middle
     if middle is not None:
         walk.middles[i, m] = middle
-    saves = middle is not None or place.products
-
-    saving = Saving(walk.machine.parts.layers[i], products=place.products)
+    saving = None
+    if middle is not None or place.products:
+        saving = Saving(walk.machine.parts.layers[i], products=place.products)
 
     def saved(step: Step, x: Tensor, inputs: Inputs) -> Tensor:
         target = None if middle is None else as_hidden(middle, x.shape[:2], walk.spec.hidden_size)
@@ -52,7 +52,7 @@ def forward(walk: Walk, index: int, task: Task) -> Operation:
         x = as_hidden(source, shape, walk.spec.hidden_size)
         if place.inner == "recompute":
             with torch.no_grad():
-                out = saved(step, x, inputs) if saves else _layer(walk, step, i, m, x, inputs)
+                out = _layer(walk, step, i, m, x, inputs) if saving is None else saved(step, x, inputs)
         else:
             x.requires_grad_()
             collecting = contextlib.nullcontext() if inner is None else inner.collecting(inputs.shared, x, weights)

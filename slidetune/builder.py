@@ -471,18 +471,15 @@ class _Step:
         self.staged[i, m] = (read, self._own(slot, read))
 
     def _load(self, i: int, m: int) -> None:
-        unit, place = self.layers[i], self.placements[i]
+        place = self.placements[i]
         if place.inner == "offload":
             self._load_inner(i, m)
         if place.saved_input == "gpu":
             return
         if place.middle:
             self._load_middle(i, m)
-        source, held = self.staged.pop((i, m))
-        slot = self._take("hidden states")
-        load = self._emit(self._work("load", H2D, bytes=self.hidden_bytes), unit.index, (source, *slot[2]), m)
-        self._release(held, load)
-        self.loaded[i, m] = (load, self._own(slot, load))
+        work = self._work("load", H2D, bytes=self.hidden_bytes)
+        self.loaded[i, m] = self._moved(work, "hidden states", i, m, *self.staged.pop((i, m)))
 
     def _take_middle(self, place: Placement) -> tuple | None:
         if not place.middle:
@@ -494,19 +491,19 @@ class _Step:
         if self.placements[i].saved_input == "gpu":
             self.middles[i, m] = (forward, held)
             return
-        target = self._take("saved middles (RAM)")
         work = self._work("save middle", D2H, bytes=self.hidden_bytes)
-        save = self._emit(work, self.layers[i].index, (forward, *target[2]), m)
-        self._release(held, save)
-        self.middles[i, m] = (save, self._own(target, save))
+        self.middles[i, m] = self._moved(work, "saved middles (RAM)", i, m, forward, held)
 
     def _load_middle(self, i: int, m: int) -> None:
-        source, held = self.middles[i, m]
-        slot = self._take("middles")
         work = self._work("load middle", H2D, bytes=self.hidden_bytes)
-        load = self._emit(work, self.layers[i].index, (source, *slot[2]), m)
-        self._release(held, load)
-        self.middles[i, m] = (load, self._own(slot, load))
+        self.middles[i, m] = self._moved(work, "middles", i, m, *self.middles[i, m])
+
+    def _moved(self, work: Work, pool: str, i: int, m: int, source: int, held: _Held) -> tuple[int, _Held]:
+        """Copy what task `source` has left in a slot to one of another pool, and let go of the first."""
+        slot = self._take(pool)
+        copy = self._emit(work, self.layers[i].index, (source, *slot[2]), m)
+        self._release(held, copy)
+        return copy, self._own(slot, copy)
 
     def _take_inner(self, place: Placement) -> tuple | None:
         if place.inner == "recompute":
@@ -521,23 +518,12 @@ class _Step:
         if self.placements[i].inner == "keep":
             self.inner[i, m] = (forward, held)
             return
-        unit = self.layers[i]
-        target = self._take("inner activations (RAM)")
-        save = self._emit(
-            self._work("save inner", D2H, bytes=self._inner_bytes(unit)), unit.index, (forward, *target[2]), m
-        )
-        self._release(held, save)
-        self.inner[i, m] = (save, self._own(target, save))
+        work = self._work("save inner", D2H, bytes=self._inner_bytes(self.layers[i]))
+        self.inner[i, m] = self._moved(work, "inner activations (RAM)", i, m, forward, held)
 
     def _load_inner(self, i: int, m: int) -> None:
-        unit = self.layers[i]
-        saved, in_ram = self.inner[i, m]
-        slot = self._take("activations in transit")
-        load = self._emit(
-            self._work("load inner", H2D, bytes=self._inner_bytes(unit)), unit.index, (saved, *slot[2]), m
-        )
-        self._release(in_ram, load)
-        self.inner[i, m] = (load, self._own(slot, load))
+        work = self._work("load inner", H2D, bytes=self._inner_bytes(self.layers[i]))
+        self.inner[i, m] = self._moved(work, "activations in transit", i, m, *self.inner[i, m])
 
     # ---- gradients and updates ----------------------------------------------------------------------------
 

@@ -193,8 +193,8 @@ def problems(plan: Plan, model: ModelSpec) -> list[str]:
             f"recompute names {named} layers, the model has {layers}.",
         ),
         (
-            plan.recompute.middle > sum(_has_middle(plan, layers)),
-            f"recompute.middle ({plan.recompute.middle}) exceeds the {sum(_has_middle(plan, layers))} layers that "
+            plan.recompute.middle > sum(may_save_middle(plan, layers)),
+            f"recompute.middle ({plan.recompute.middle}) exceeds the {sum(may_save_middle(plan, layers))} layers that "
             "recompute and whose input is not on NVMe.",
         ),
         (
@@ -270,7 +270,7 @@ def place_layers(plan: Plan, layers: int) -> list[Placement]:
     )
     last_kept = layers - plan.recompute.keep
     last_offloaded = last_kept - plan.recompute.offload
-    middle = _spread_within(_has_middle(plan, layers), plan.recompute.middle)
+    middle = _spread_within(may_save_middle(plan, layers), plan.recompute.middle)
     return [
         Placement(
             resident=resident[i],
@@ -309,7 +309,7 @@ def captured(plan: Plan, model: ModelSpec) -> bool:
     return small and model.same_kernels and not plan.recompute.offload
 
 
-def _has_middle(plan: Plan, layers: int) -> list[bool]:
+def may_save_middle(plan: Plan, layers: int) -> list[bool]:
     """The layers that may save the sum in their middle."""
     recomputing = layers - plan.recompute.keep - plan.recompute.offload
     return [plan.activations.nvme <= i < recomputing for i in range(layers)]

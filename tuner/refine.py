@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 from slidetune.model import ModelSpec
-from slidetune.plans import Activations, Plan, knobs, problems
+from slidetune.plans import Activations, Plan, knobs, may_save_middle, problems
 from slidetune.tuner.space import Space
 
 _SLOTS = ("prefetch", "spare_slots")
@@ -21,7 +21,7 @@ def refined(plan: Plan, space: Space, model: ModelSpec) -> list[Plan]:
     kept in place of resident ones, of inputs on the GPU and of slots for weights. Of what the space leaves open
     alone."""
     most = {a.name: round(max(a.values) * space.layers) for a in space.axes if len(a.values) > 1 and a.name in _SHARES}
-    if {axis.name: 1 in axis.values for axis in space.axes if axis.name in _SLOTS} == dict.fromkeys(_SLOTS, True):
+    if all(1 in axis.values for axis in space.axes if axis.name in _SLOTS):
         most |= {"window": plan.window, "prefetch": plan.prefetch}
     now = knobs(plan)
 
@@ -29,11 +29,8 @@ def refined(plan: Plan, space: Space, model: ModelSpec) -> list[Plan]:
         changed = {name: value for name, value in knobs(other).items() if value != now[name]}
         return all(0 <= value <= most.get(name, -1) for name, value in changed.items()) and not problems(other, model)
 
-    return [
-        p
-        for p in dict.fromkeys((*_single(plan, space.layers), *_for_keeping(plan, space.layers)))
-        if p != plan and within(p)
-    ]
+    around = dict.fromkeys((*_single(plan, space.layers), *_for_keeping(plan, space.layers)))
+    return [p for p in around if p != plan and within(p)]
 
 
 def _single(plan: Plan, layers: int) -> Iterator[Plan]:
@@ -41,7 +38,7 @@ def _single(plan: Plan, layers: int) -> Iterator[Plan]:
         yield dataclasses.replace(plan, **{knob: getattr(plan, knob) + step})
     for keep, products in ((-1, 0), (0, 1), (0, -1), (0, 2)):
         yield _keeping(plan, layers, keep, products)
-    for middle in (plan.recompute.middle + 1, plan.recompute.middle - 1, _most_middles(plan, layers)):
+    for middle in (plan.recompute.middle + 1, plan.recompute.middle - 1, sum(may_save_middle(plan, layers))):
         yield _with(plan, middle=middle)
 
 
@@ -57,17 +54,13 @@ def _for_keeping(plan: Plan, layers: int) -> Iterator[Plan]:
         yield dataclasses.replace(kept, resident_layers=plan.resident_layers - fewer, activations=activations)
 
 
-def _most_middles(plan: Plan, layers: int) -> int:
-    """Layers that may save the sum in their middle."""
-    return max(0, layers - plan.recompute.keep - plan.recompute.offload - plan.activations.nvme)
-
-
 def _keeping(plan: Plan, layers: int, keep: int, products: int) -> Plan:
     """With so many layers more that keep all, and so many more that keep products."""
     now = plan.recompute
-    most = max(0, _most_middles(plan, layers) - keep)
+    before = sum(may_save_middle(plan, layers))
+    after = max(0, before - keep)
     # Where all that recompute save their middle, so do they afterwards.
-    middle = most if 0 < now.middle == _most_middles(plan, layers) else min(now.middle, most)
+    middle = after if 0 < now.middle == before else min(now.middle, after)
     return _with(plan, keep=now.keep + keep, products=now.products + products, middle=middle)
 
 

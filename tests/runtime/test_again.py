@@ -52,8 +52,8 @@ def assert_same(found, expected):
         assert one is other is None or torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", SMALL_CONFIGS)
-def test_gradients_are_those_of_the_whole_pass_and_the_spec_says_what_is_left_out(name, worthless):
+def layers_of(name):
+    """Each layer of a small model: its unit, module, call, an input and a gradient of its output."""
     config = SMALL_CONFIGS[name] | (WITHOUT_DROPOUT if SMALL_CONFIGS[name]["model_type"] == "gpt2" else {})
     spec = spec_from_config(config, name)
     model = make_model(config).train()
@@ -62,6 +62,12 @@ def test_gradients_are_those_of_the_whole_pass_and_the_spec_says_what_is_left_ou
     calls, _ = parts.record_calls(torch.device("cpu"), {"input_ids": ids})
     x, upward = (torch.randn(2, 20, spec.hidden_size).to(torch.bfloat16) for _ in range(2))
     for unit, layer, call in zip(spec.layers, parts.layers, calls, strict=True):
+        yield unit, layer, call, x, upward
+
+
+@pytest.mark.parametrize("name", SMALL_CONFIGS)
+def test_gradients_are_those_of_the_whole_pass_and_the_spec_says_what_is_left_out(name, worthless):
+    for unit, layer, call, x, upward in layers_of(name):
         whole = gradients(lambda x, call, layer=layer: layer_output(layer, x, call), layer, x, upward, call)
         recomputed = Again(layer)
         for _ in range(3):
@@ -73,14 +79,7 @@ def test_gradients_are_those_of_the_whole_pass_and_the_spec_says_what_is_left_ou
 
 @pytest.mark.parametrize("name", SMALL_CONFIGS)
 def test_with_the_sum_in_the_middle_saved_too(name, worthless):
-    config = SMALL_CONFIGS[name] | (WITHOUT_DROPOUT if SMALL_CONFIGS[name]["model_type"] == "gpt2" else {})
-    spec = spec_from_config(config, name)
-    model = make_model(config).train()
-    parts = Parts(model, spec)
-    ids = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
-    calls, _ = parts.record_calls(torch.device("cpu"), {"input_ids": ids})
-    x, upward = (torch.randn(2, 20, spec.hidden_size).to(torch.bfloat16) for _ in range(2))
-    for unit, layer, call in zip(spec.layers, parts.layers, calls, strict=True):
+    for unit, layer, call, x, upward in layers_of(name):
         if not unit.product_elements:
             with pytest.raises(SlidetuneError, match="no "), torch.no_grad():
                 Saving(layer, products=True)(x, call)
